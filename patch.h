@@ -1,0 +1,313 @@
+/* SPDX-License-Identifier: MIT */
+/* patch.h - activation patching for GPT-2: the library that patch.c implements.
+
+   A whole program (tests/test_library.py compiles and runs it):
+
+       #include "patch.h"
+       #include <stdio.h>
+       #include <string.h>
+
+       int main(void) {
+           patch_model *model = NULL;
+           patch_error error;
+           const char *text = "When John and Mary went to the shop, John gave the bag to";
+           int ids[128];
+           size_t n = 0;
+           float row[4096];
+           patch_read read = {PATCH_LN_FINAL_NORMALIZED, 0, 0, 0, row};
+           patch_run run = {ids, 0, NULL, 0};
+           if (patch_model_open("tests/tiny/model.bin", NULL, &model, &error) ||
+               patch_encode(model, text, strlen(text), 1, ids, 128, &n, &error))
+               return fprintf(stderr, "%s: %s\n", error.where, error.message), 1;
+           run.n_tokens = (int)n;
+           read.pos = (int)n - 1;
+           if (patch_execute(model, &run, 1, &read, 1, NULL, &error))
+               return fprintf(stderr, "%s: %s\n", error.where, error.message), 1;
+           printf("%d tokens, final row starts with %f\n", run.n_tokens, (double)row[0]);
+           patch_model_free(model);
+           return 0;
+       }
+
+   Conventions. Every function that can fail returns a patch_status (0 is success) and fills the
+   patch_error that the caller passes (NULL: not wanted). Nothing prints, exits or keeps global state.
+   Arrays are row-major, the last index fastest, and float unless said otherwise. Letters: B examples,
+   T tokens of a prompt, L layers, H heads, C = d_model, D = C / H, M = d_mlp, V = d_vocab. A loaded
+   model never changes: any number of threads may use it at once. */
+#ifndef ACTPATCH_PATCH_H
+#define ACTPATCH_PATCH_H
+
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PATCH_VERSION "0.1.0"
+
+/* ---- errors and memory ------------------------------------------------------------------------ */
+
+typedef enum patch_status {
+    PATCH_OK = 0,
+    PATCH_E_USAGE,  /* an argument that no model could satisfy: an unknown hook, sweep or metric */
+    PATCH_E_MEMORY, /* the allocator gave nothing, or max_memory is too small for one cell */
+    PATCH_E_IO,     /* the operating system refused to open, read, map or write */
+    PATCH_E_FORMAT, /* a file is not what it claims to be */
+    PATCH_E_INPUT,  /* prompts, ids or edits that do not fit this model or each other */
+    PATCH_E_SIZE    /* the caller's buffer is too small; the needed size was returned */
+} patch_status;
+
+typedef struct patch_error {
+    patch_status code;
+    char where[128];   /* file, line or argument */
+    char message[384]; /* what is wrong and what to do */
+} patch_error;
+
+/* Where memory comes from. alloc returns at least `bytes` bytes aligned for any type, or NULL. */
+typedef struct patch_allocator {
+    void *(*alloc)(size_t bytes, void *ctx);
+    void (*free)(void *memory, void *ctx);
+    void *ctx;
+} patch_allocator;
+
+/* ---- model ------------------------------------------------------------------------------------- */
+
+/* How to load. patch_options_default() gives TransformerLens's from_pretrained: the first four
+   weight processings on, the fifth off. */
+typedef struct patch_options {
+    int fold_ln;
+    int center_writing_weights;
+    int center_unembed;
+    int fold_value_biases;
+    int refactor_factored_attn_matrices;
+    int threads;       /* 0: as many as OpenMP offers */
+    int plain;         /* scalar reference kernels */
+    int resident;      /* process all weights once, at load (more memory, faster repeated calls) */
+    size_t max_memory; /* bytes a call may take for rows and weights; 0: no bound asked for */
+    patch_allocator allocator; /* alloc == NULL: malloc and free */
+} patch_options;
+
+typedef struct patch_model patch_model;
+
+/* What a model is; sizes in elements. */
+typedef struct patch_dims {
+    int n_layers, n_heads, d_model, d_head, d_mlp, n_ctx, d_vocab;
+    int act_fn; /* 0 gelu_new, 1 gelu, 2 relu */
+    int bos;    /* id of <|endoftext|>, -1 where the file has no tokenizer */
+    double eps;
+} patch_dims;
+
+patch_options patch_options_default(void);
+
+/* Open a flat file made by convert_weights.py or `actpatch fold`. The file is mapped where the
+   platform can and must not change while the model lives. On success *model is the caller's, to be
+   given to patch_model_free. options NULL: the defaults. Errors: IO, FORMAT, MEMORY. */
+patch_status patch_model_open(const char *path, const patch_options *options, patch_model **model,
+                              patch_error *error);
+
+/* The same from n bytes in memory (flash, an embedded array), which are used in place and must
+   outlive the model. */
+patch_status patch_model_from_memory(const void *bytes, size_t n, const patch_options *options,
+                                     patch_model **model, patch_error *error);
+
+/* Free everything that belongs to the model; NULL is fine. */
+void patch_model_free(patch_model *model);
+
+const patch_dims *patch_model_dims(const patch_model *model);
+
+/* Check the CRC-32 of every tensor (the head, the table and the tokenizer are always checked). */
+patch_status patch_model_verify(const patch_model *model, patch_error *error);
+
+/* ---- tokens ------------------------------------------------------------------------------------- */
+
+/* GPT-2's byte-level BPE of n_bytes of text, any bytes at all; <|endoftext|> in the text becomes its
+   id; prepend_bos puts one in front. ids holds `capacity` (n_bytes + 1 always suffices); *n_ids is
+   the number needed, also on PATCH_E_SIZE. */
+patch_status patch_encode(const patch_model *model, const char *text, size_t n_bytes,
+                          int prepend_bos, int *ids, size_t capacity, size_t *n_ids,
+                          patch_error *error);
+
+/* The bytes of n ids, not terminated; *n_bytes is the number needed, also on PATCH_E_SIZE. */
+patch_status patch_decode(const patch_model *model, const int *ids, size_t n, char *text,
+                          size_t capacity, size_t *n_bytes, patch_error *error);
+
+/* One token's bytes (not terminated), the model's own; NULL and length 0 where there is none. */
+const char *patch_token(const patch_model *model, int id, size_t *length);
+
+/* ---- hook points, edits, runs ------------------------------------------------------------------- */
+
+/* Every hook point: enum suffix, TransformerLens's name ("%d": the layer), and the shape of one row
+   (one token position): C, M, D per head (Z), C per head (R), T per head (P: one destination's row of
+   scores or pattern), one number (1). The list is the order in which a layer computes them. */
+#define PATCH_HOOKS(X)                                                                             \
+    X(EMBED, "hook_embed", 'C')                                                                    \
+    X(POS_EMBED, "hook_pos_embed", 'C')                                                            \
+    X(RESID_PRE, "blocks.%d.hook_resid_pre", 'C')                                                  \
+    X(LN1_SCALE, "blocks.%d.ln1.hook_scale", '1')                                                  \
+    X(LN1_NORMALIZED, "blocks.%d.ln1.hook_normalized", 'C')                                        \
+    X(Q, "blocks.%d.attn.hook_q", 'Z')                                                             \
+    X(K, "blocks.%d.attn.hook_k", 'Z')                                                             \
+    X(V, "blocks.%d.attn.hook_v", 'Z')                                                             \
+    X(ATTN_SCORES, "blocks.%d.attn.hook_attn_scores", 'P')                                         \
+    X(PATTERN, "blocks.%d.attn.hook_pattern", 'P')                                                 \
+    X(Z, "blocks.%d.attn.hook_z", 'Z')                                                             \
+    X(RESULT, "blocks.%d.attn.hook_result", 'R')                                                   \
+    X(ATTN_OUT, "blocks.%d.hook_attn_out", 'C')                                                    \
+    X(RESID_MID, "blocks.%d.hook_resid_mid", 'C')                                                  \
+    X(LN2_SCALE, "blocks.%d.ln2.hook_scale", '1')                                                  \
+    X(LN2_NORMALIZED, "blocks.%d.ln2.hook_normalized", 'C')                                        \
+    X(MLP_PRE, "blocks.%d.mlp.hook_pre", 'M')                                                      \
+    X(MLP_POST, "blocks.%d.mlp.hook_post", 'M')                                                    \
+    X(MLP_OUT, "blocks.%d.hook_mlp_out", 'C')                                                      \
+    X(RESID_POST, "blocks.%d.hook_resid_post", 'C')                                                \
+    X(LN_FINAL_SCALE, "ln_final.hook_scale", '1')                                                  \
+    X(LN_FINAL_NORMALIZED, "ln_final.hook_normalized", 'C')
+
+typedef enum patch_hook {
+#define X(id, name, shape) PATCH_##id,
+    PATCH_HOOKS(X)
+#undef X
+    PATCH_N_HOOKS
+} patch_hook;
+
+/* TransformerLens's name of a hook point; returns its length, as snprintf does. */
+int patch_hook_name(patch_hook hook, int layer, char *name, size_t capacity);
+
+typedef enum patch_op {
+    PATCH_COPY, /* take the slice from run `source`, at the same position */
+    PATCH_SET,  /* take it from `values` */
+    PATCH_ADD,  /* add `values` to it */
+    PATCH_SCALE /* multiply it by `factor` */
+} patch_op;
+
+/* One change to one run: at a hook point of a layer, at one position or all, the whole vector or a
+   head's slice of it or (scores and pattern) a single entry. Edits at one hook point apply in list
+   order. An edit of scores, pattern or a LayerNorm scale changes that alone: the run's own values and
+   residual stream meet it afterwards, as with a TransformerLens hook. */
+typedef struct patch_edit {
+    patch_hook hook;
+    patch_op op;
+    int layer;           /* ignored for the hook points outside the blocks */
+    int pos;             /* -1: every position */
+    int head;            /* -1: all; otherwise only at q, k, v, z, result, scores, pattern */
+    int src;             /* -1: all; a source position, only at scores and pattern */
+    int source;          /* COPY: index of an earlier run with as many tokens */
+    float factor;        /* SCALE */
+    const float *values; /* SET, ADD: the slice's floats, used in place (scores, pattern: [T] a head) */
+    size_t stride;       /* pos == -1: floats from one position's values to the next; 0: the same */
+} patch_edit;
+
+/* One pass of the model over one prompt. tokens and edits stay the caller's. */
+typedef struct patch_run {
+    const int *tokens; /* [T] ids */
+    int n_tokens;      /* 1..n_ctx */
+    const patch_edit *edits;
+    int n_edits;
+} patch_run;
+
+/* One activation to hand back: a row [shape] for pos >= 0, all rows for pos == -1, which is
+   [T, shape], and [H, T, T] for scores and pattern. Heads are [H, D] (result: [H, C]). */
+typedef struct patch_read {
+    patch_hook hook;
+    int layer;
+    int run;
+    int pos;
+    float *out; /* the caller's; NULL: nothing is copied, the activation is still computed */
+} patch_read;
+
+/* What a call did. */
+typedef struct patch_stats {
+    double cells, cells_skipped;     /* sweeps: skipped cells' final row is the baseline's */
+    double rows, rows_shared;        /* rows of all layers computed, and asked for but shared */
+    double flops, weight_bytes_read; /* of the matrix products */
+    double seconds_plan, seconds_weights, seconds_products, seconds_attention, seconds_rest;
+    double peak_bytes; /* of rows and scratch, from the allocator */
+} patch_stats;
+
+/* The engine: carry all runs through the model side by side and hand back what is read. Rows that are
+   equal by construction are computed once; what nothing reads is not computed; the numbers are the
+   same, bit for bit, as if each run were computed alone. stats may be NULL; they are added to.
+   Errors: INPUT (ids, edits or reads out of range), MEMORY. */
+patch_status patch_execute(const patch_model *model, const patch_run *runs, size_t n_runs,
+                           const patch_read *reads, size_t n_reads, patch_stats *stats,
+                           patch_error *error);
+
+/* logits [n, V] = rows [n, C] (ln_final.hook_normalized) . W_U + b_U. */
+patch_status patch_logits(const patch_model *model, const float *rows, size_t n, float *logits,
+                          patch_error *error);
+
+/* ---- cache --------------------------------------------------------------------------------------- */
+
+typedef struct patch_cache patch_cache;
+
+typedef struct patch_tensor {
+    const char *name;   /* hook name; the cache's own */
+    const float *data;  /* the cache's own */
+    int rank;
+    size_t shape[4];    /* as TransformerLens gives it, batch first */
+} patch_tensor;
+
+/* run_with_cache: n_prompts prompts of n_tokens ids each (tokens [B,T]), every hook point that one of
+   the n_globs matches (`*` matches dots too; hook_result only where the glob itself contains
+   "result"). needed, where not NULL, receives the bytes that the activations take, before anything is
+   allocated; with cache == NULL nothing more is done. Errors: USAGE where a glob matches nothing. */
+patch_status patch_run_with_cache(const patch_model *model, const int *tokens, size_t n_prompts,
+                                  size_t n_tokens, const char *const *globs, size_t n_globs,
+                                  size_t *needed, patch_cache **cache, patch_error *error);
+size_t patch_cache_count(const patch_cache *cache);
+patch_tensor patch_cache_get(const patch_cache *cache, size_t index);
+void patch_cache_free(patch_cache *cache);
+
+/* ---- metrics and sweeps ------------------------------------------------------------------------- */
+
+typedef enum patch_metric {
+    PATCH_LOGIT_DIFF, /* logit[answer] - logit[wrong] at the last position */
+    PATCH_LOGIT,      /* logit[answer] */
+    PATCH_PROB,       /* softmax probability of the answer */
+    PATCH_LOGPROB,    /* its natural logarithm */
+    PATCH_KL,         /* sum p_clean (ln p_clean - ln p), final distributions */
+    PATCH_RANK        /* how many tokens have a higher logit than the answer */
+} patch_metric;
+
+/* One example of a task; arrays are the caller's. corrupted may be NULL where one prompt suffices. */
+typedef struct patch_example {
+    const int *clean;
+    const int *corrupted;
+    int n_tokens; /* of both */
+    int answer, wrong;
+} patch_example;
+
+/* The metric of every example's clean (out[b][0]) and corrupted (out[b][1]) run; out is [B, 2]. */
+patch_status patch_measure(const patch_model *model, const patch_example *examples, size_t n,
+                           patch_metric metric, double *out, patch_stats *stats, patch_error *error);
+
+typedef struct patch_sweep_options {
+    const char *sweep; /* what follows get_act_patch_ in transformer_lens.patching */
+    patch_metric metric;
+    int noising; /* corrupted activations into clean runs; otherwise clean into corrupted ones */
+    int brute;   /* one full pass a cell, nothing shared, nothing trimmed */
+    void (*progress)(double done, double total, void *ctx); /* may be NULL */
+    void *ctx;
+} patch_sweep_options;
+
+/* A sweep's result. values [cells, B]: the metric of every cell and example, raw. */
+typedef struct patch_result {
+    int rank;
+    size_t shape[5];    /* of the cells */
+    const char *axes[5]; /* "kind", "layer", "pos", "head", "dest", "src" */
+    size_t n_cells, n_examples;
+    double *values;     /* [cells, B] */
+    double *baseline;   /* [B, 2]: clean, corrupted */
+    patch_allocator allocator;
+} patch_result;
+
+/* Patch every cell of the sweep into every example (all of one token length). On success *result
+   holds arrays that patch_result_free gives back. Errors: USAGE, INPUT, MEMORY. */
+patch_status patch_sweep(const patch_model *model, const patch_example *examples, size_t n,
+                         const patch_sweep_options *options, patch_result *result,
+                         patch_stats *stats, patch_error *error);
+void patch_result_free(patch_result *result);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
