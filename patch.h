@@ -14,7 +14,7 @@
            int ids[128];
            size_t n = 0;
            float row[4096];
-           patch_read read = {PATCH_LN_FINAL_NORMALIZED, 0, 0, 0, row};
+           patch_read read = {PATCH_LN_FINAL_NORMALIZED, 0, 0, 0, row, 0};
            patch_run run = {ids, 0, NULL, 0};
            if (patch_model_open("tests/tiny/model.bin", NULL, &model, &error) ||
                patch_encode(model, text, strlen(text), 1, ids, 128, &n, &error))
@@ -80,9 +80,8 @@ typedef struct patch_options {
     int fold_value_biases;
     int refactor_factored_attn_matrices;
     int threads;       /* 0: as many as OpenMP offers */
-    int plain;         /* scalar reference kernels */
-    int resident;      /* process all weights once, at load (more memory, faster repeated calls) */
-    size_t max_memory; /* bytes a call may take for rows and weights; 0: no bound asked for */
+    int plain;         /* scalar reference kernels: the same bits, slowly */
+    size_t max_memory; /* bytes the model and one call may take together; 0: no bound asked for */
     patch_allocator allocator; /* alloc == NULL: malloc and free */
 } patch_options;
 
@@ -94,6 +93,12 @@ typedef struct patch_dims {
     int act_fn; /* 0 gelu_new, 1 gelu, 2 relu */
     int bos;    /* id of <|endoftext|>, -1 where the file has no tokenizer */
     double eps;
+    double parameters; /* weights of the checkpoint, tied ones counted once */
+    double file_bytes;
+    int folded;     /* written by `actpatch fold`: the options of then hold */
+    int dtype;      /* how matrices are stored: 0 float32, 1 float16 */
+    const char *kernels; /* "avx512", "avx2", "vector" or "plain" */
+    int threads;    /* that a call uses; 1 where the build has no OpenMP */
 } patch_dims;
 
 patch_options patch_options_default(void);
@@ -114,8 +119,18 @@ void patch_model_free(patch_model *model);
 
 const patch_dims *patch_model_dims(const patch_model *model);
 
+/* The options that the model was opened with; of a folded file, those it was folded with. */
+const patch_options *patch_model_options(const patch_model *model);
+
 /* Check the CRC-32 of every tensor (the head, the table and the tokenizer are always checked). */
 patch_status patch_model_verify(const patch_model *model, patch_error *error);
+
+/* SHA-256 of the model file as 64 hexadecimal digits and a NUL. Reads the whole file. */
+patch_status patch_model_sha256(const patch_model *model, char hex[65], patch_error *error);
+
+/* Write the processed weights as a flat file that needs no processing at load: matrices folded and in
+   the kernels' panels. The file is written beside its target and renamed when whole. */
+patch_status patch_model_fold(const patch_model *model, const char *path, patch_error *error);
 
 /* ---- tokens ------------------------------------------------------------------------------------- */
 
@@ -212,6 +227,8 @@ typedef struct patch_read {
     int run;
     int pos;
     float *out; /* the caller's; NULL: nothing is copied, the activation is still computed */
+    int id;     /* set by patch_execute: reads of one row (pos >= 0) have one id when the rows are the
+                   same row, hence equal by construction; -1 for pos == -1 */
 } patch_read;
 
 /* What a call did. */
@@ -219,8 +236,9 @@ typedef struct patch_stats {
     double cells, cells_skipped;     /* sweeps: skipped cells' final row is the baseline's */
     double rows, rows_shared;        /* rows of all layers computed, and asked for but shared */
     double flops, weight_bytes_read; /* of the matrix products */
-    double seconds_plan, seconds_weights, seconds_products, seconds_attention, seconds_rest;
-    double peak_bytes; /* of rows and scratch, from the allocator */
+    double seconds_plan, seconds_products, seconds_attention, seconds_rest, seconds_metric;
+    double passes;     /* over the weights */
+    double peak_bytes; /* of rows, plan and scratch of one pass */
 } patch_stats;
 
 /* The engine: carry all runs through the model side by side and hand back what is read. Rows that are
@@ -228,7 +246,7 @@ typedef struct patch_stats {
    same, bit for bit, as if each run were computed alone. stats may be NULL; they are added to.
    Errors: INPUT (ids, edits or reads out of range), MEMORY. */
 patch_status patch_execute(const patch_model *model, const patch_run *runs, size_t n_runs,
-                           const patch_read *reads, size_t n_reads, patch_stats *stats,
+                           patch_read *reads, size_t n_reads, patch_stats *stats,
                            patch_error *error);
 
 /* logits [n, V] = rows [n, C] (ln_final.hook_normalized) . W_U + b_U. */
@@ -280,32 +298,56 @@ typedef struct patch_example {
 patch_status patch_measure(const patch_model *model, const patch_example *examples, size_t n,
                            patch_metric metric, double *out, patch_stats *stats, patch_error *error);
 
-typedef struct patch_sweep_options {
-    const char *sweep; /* what follows get_act_patch_ in transformer_lens.patching */
+/* One cell of a sweep: what is taken over from the other run. */
+typedef struct patch_cell {
+    patch_hook hook;
+    int layer;
+    int pos;  /* -1: every position; at scores and pattern this is the destination */
+    int head; /* -1: the whole vector */
+    int src;  /* -1: the whole row; a source position, only at scores and pattern */
+} patch_cell;
+
+typedef struct patch_cells_options {
     patch_metric metric;
     int noising; /* corrupted activations into clean runs; otherwise clean into corrupted ones */
-    int brute;   /* one full pass a cell, nothing shared, nothing trimmed */
-    void (*progress)(double done, double total, void *ctx); /* may be NULL */
+    int brute;   /* a full pass a cell, nothing shared, nothing trimmed: the reference, slowly */
+    /* Work items are numbered example * n_cells + cell; only first .. first + count - 1 are computed
+       (count 0: all). */
+    size_t first, count;
+    double *unpatched; /* [n, 2]: receives the metric of the clean and corrupted run of every example
+                          that was computed; NULL: not wanted */
+    /* Called after each group with the items just finished, in order: their values. A status other
+       than 0 ends the call with it. May be NULL. */
+    patch_status (*done)(void *ctx, size_t first, size_t count, const double *values,
+                         patch_error *error);
     void *ctx;
-} patch_sweep_options;
+} patch_cells_options;
 
-/* A sweep's result. values [cells, B]: the metric of every cell and example, raw. */
-typedef struct patch_result {
+/* The general sweep: the metric of the run into which one cell's activation has been put, for every
+   example and cell. values [n, n_cells] (the caller's; items outside first..count are left alone);
+   examples may differ in length, a cell whose position an example does not have is an error.
+   Errors: USAGE, INPUT, MEMORY, and what `done` returns. Method: Wang et al. 2022 (arXiv:2211.00593),
+   Heimersheim and Nanda 2024 (arXiv:2404.15255). */
+patch_status patch_cells(const patch_model *model, const patch_example *examples, size_t n,
+                         const patch_cell *cells, size_t n_cells,
+                         const patch_cells_options *options, double *values, patch_stats *stats,
+                         patch_error *error);
+
+/* A named sweep's shape. `sweep` is what follows get_act_patch_ in transformer_lens.patching. */
+typedef struct patch_shape {
     int rank;
-    size_t shape[5];    /* of the cells */
+    size_t size[5];
     const char *axes[5]; /* "kind", "layer", "pos", "head", "dest", "src" */
-    size_t n_cells, n_examples;
-    double *values;     /* [cells, B] */
-    double *baseline;   /* [B, 2]: clean, corrupted */
-    patch_allocator allocator;
-} patch_result;
+    size_t n_cells;
+} patch_shape;
 
-/* Patch every cell of the sweep into every example (all of one token length). On success *result
-   holds arrays that patch_result_free gives back. Errors: USAGE, INPUT, MEMORY. */
-patch_status patch_sweep(const patch_model *model, const patch_example *examples, size_t n,
-                         const patch_sweep_options *options, patch_result *result,
-                         patch_stats *stats, patch_error *error);
-void patch_result_free(patch_result *result);
+/* The name of sweep number i, NULL behind the last one. */
+const char *patch_sweep_name(size_t i);
+
+/* Shape of a sweep over prompts of n_tokens tokens, and where cells != NULL its cells, row-major:
+   shape->n_cells of them. Errors: USAGE, an unknown name. */
+patch_status patch_sweep_cells(const patch_model *model, const char *sweep, int n_tokens,
+                               patch_shape *shape, patch_cell *cells, patch_error *error);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,8448 @@
+/* SPDX-License-Identifier: MIT
+   patch.c - actpatch: activation patching for GPT-2 in one C file, libc and libm only.
+
+   ==== 0. Contract ================================================================================
+   A checkpoint (made flat by convert_weights.py) goes in; out come tokens, every activation by its
+   TransformerLens hook name, metrics, and the sweeps of transformer_lens.patching. Every number is held
+   against TransformerLens in float64 by the tests, and errs no more than twice what TransformerLens
+   itself errs in float32. patch.h is the library's interface; chapter 13 the command line.
+
+   It does not: train, sample, run other architectures than GPT-2, use a GPU, batch prompts of different
+   lengths in one sweep, or keep anything between two calls.
+
+   Contents. Search for "==== N." to get there; each chapter uses only what stands before it.
+     1 platform            5 kernels              9 metrics
+     2 errors, memory      6 weight processing   10 patching
+     3 model file          7 hook points         11 further analyses
+     4 tokenizer           8 the engine          12 writers      13 command line     A Unicode tables
+   To understand GPT-2: 0, 6, 7. To understand the speed: 5, 8. To understand patching: 7, 8, 10.
+   Chapters 0 to 10 are the core (PATCH_CORE leaves the rest out), 13 goes with PATCH_NO_MAIN.
+
+   Dimensions, everywhere:
+     B examples  T tokens of a prompt  L layers  H heads  C d_model  D = C / H d_head  M d_mlp  V d_vocab
+     R rows of a stage (chapter 8).  Arrays are row-major, the last index fastest.
+
+   The forward pass of one layer, with the hook points on its arrows (blocks.L. left out):
+
+     tokens --hook_embed--(+)--hook_pos_embed-- positions
+                           |
+                     hook_resid_pre -----------------------------------------------.
+                           |                                                        |
+                LayerNorm: ln1.hook_scale, ln1.hook_normalized                      |
+                           |                                                        |
+             W_Q, W_K, W_V: attn.hook_q, hook_k, hook_v   [H,D]                     |
+                           |                                                        |
+             q . k / sqrt(D), masked: attn.hook_attn_scores   [H,T,T]               |
+                           |  softmax                                               |
+                     attn.hook_pattern   [H,T,T]                                    |
+                           |  times v                                               |
+                     attn.hook_z   [H,D] --W_O--> attn.hook_result   [H,C]          |
+                           |  sum over heads, + b_O                                 |
+                     hook_attn_out -----------------------------------------------(+)
+                           .------------------------------ hook_resid_mid -----------'
+                           |                                      |
+                LayerNorm: ln2.hook_scale, ln2.hook_normalized    |
+                           |                                      |
+             W_in: mlp.hook_pre  [M] --gelu--> mlp.hook_post      |
+                           |  W_out                               |
+                     hook_mlp_out -------------------------------(+)
+                                                                  |
+                     hook_resid_post = the next layer's hook_resid_pre; after the last layer
+                     ln_final.hook_scale, ln_final.hook_normalized --W_U--> logits   [V]
+
+   Numbers. Activations are float. Every sum has one order, whatever the threads, groups or machines
+   it is split over: within one build and tier (chapter 5) the same question gives the same bits. Means,
+   variances, folding and metrics are taken in double. -ffast-math breaks all of this.
+
+   What has bitten: Conv1D weights are [in,out]. gelu_new is the tanh form. Epsilon is inside the root.
+   A LayerNorm's bias meets the unscaled weight. The pre-tokenizer's \s+(?!\S). BOS is <|endoftext|>.
+   Merge rank is not longest match. hook_normalized is behind the weight and bias where ln is not folded.
+
+   Sources. GPT-2: Radford et al. 2019. Hook names, processing, sweeps: TransformerLens 2.18. Patching:
+   Vig et al. 2020 (arXiv:2004.12265), Wang et al. 2022 (IOI, arXiv:2211.00593), Heimersheim and Nanda
+   2024 (arXiv:2404.15255). Causal tracing: Meng et al. 2022 (arXiv:2202.05262). */
+
+
+/* ==== 1. Platform ================================================================================
+   The only chapter that asks what machine this is. A build without any of it still works: files are
+   then read instead of mapped, the clock is the processor's, and there is one thread. */
+
+#if !defined(_WIN32) && !defined(PATCH_NO_MMAP) && (defined(__unix__) || defined(__APPLE__))
+#define PATCH_MMAP 1
+#define _DEFAULT_SOURCE 1      /* madvise */
+#define _FILE_OFFSET_BITS 64   /* files over 2 GB where long has 32 bits */
+#endif
+
+#include "patch.h"
+
+#include <errno.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#ifdef PATCH_MMAP
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+
+/* OMP(parallel for) becomes the pragma where the compiler has OpenMP and nothing elsewhere. */
+#ifdef _OPENMP
+#include <omp.h>
+#define OMP_TEXT(text) _Pragma(#text)
+#define OMP(text) OMP_TEXT(omp text)
+#else
+#define OMP(text)
+#endif
+
+#if defined(__GNUC__)
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE static inline
+#endif
+
+/* Seconds since some moment: of the wall clock with OpenMP, of one thread's processor without. */
+static double now(void) {
+#ifdef _OPENMP
+    return omp_get_wtime();
+#else
+    return (double)clock() / CLOCKS_PER_SEC;
+#endif
+}
+
+static int max_threads(void) {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+static int thread_ceiling(void) {
+#ifdef _OPENMP
+    return 256;
+#else
+    return 1;
+#endif
+}
+
+static int thread_number(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+/* A file's bytes: mapped, or the caller's memory, or (bytes == NULL) to be read piece by piece. */
+typedef struct Map {
+    const unsigned char *bytes;
+    size_t size;
+    int mapped;
+} Map;
+
+/* Map the whole of an ordinary file; 0 with errno where the system refuses. Without mmap only the
+   size is found out, and map_read does the rest. */
+static int map_open(const char *path, Map *map) {
+    memset(map, 0, sizeof *map);
+#ifdef PATCH_MMAP
+    {
+        struct stat facts;
+        void *bytes = MAP_FAILED;
+        int saved, file = open(path, O_RDONLY);
+
+        if (file < 0)
+            return 0;
+        if (fstat(file, &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size > 0)
+            bytes = mmap(NULL, (size_t)facts.st_size, PROT_READ, MAP_PRIVATE, file, 0);
+        else
+            errno = EINVAL;
+        saved = errno;
+        close(file);
+        errno = saved;
+        if (bytes == MAP_FAILED)
+            return 0;
+        map->bytes = bytes;
+        map->size = (size_t)facts.st_size;
+        map->mapped = 1;
+        return 1;
+    }
+#else
+    {
+        FILE *file = fopen(path, "rb");
+        long size = -1;
+
+        if (file == NULL)
+            return 0;
+        if (fseek(file, 0, SEEK_END) == 0)
+            size = ftell(file);
+        fclose(file);
+        if (size <= 0) {
+            errno = EINVAL;
+            return 0;
+        }
+        map->size = (size_t)size;
+        return 1;
+    }
+#endif
+}
+
+static void map_close(Map *map) {
+#ifdef PATCH_MMAP
+    if (map->mapped)
+        munmap((void *)(uintptr_t)map->bytes, map->size);
+#endif
+    memset(map, 0, sizeof *map);
+}
+
+/* Give the pages of n bytes back to the system: they stay readable and come from the file again. */
+static void map_release(const Map *map, const void *bytes, size_t n) {
+#ifdef PATCH_MMAP
+    if (map->mapped && n > 0) {
+        const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+        const uintptr_t first = ((uintptr_t)bytes + page - 1) / page * page;
+        const uintptr_t last = ((uintptr_t)bytes + n) / page * page;
+
+        if (last > first)
+            madvise((void *)first, last - first, MADV_DONTNEED);
+    }
+#else
+    (void)map, (void)bytes, (void)n;
+#endif
+}
+
+/* Copy n bytes from byte `offset` of a file that is not mapped; 0 where that many are not there. The
+   file is opened anew each time, so that threads need not share a position. */
+static int map_read(const char *path, size_t offset, size_t n, void *out) {
+    FILE *file = offset <= (size_t)LONG_MAX ? fopen(path, "rb") : NULL;
+    int ok;
+
+    if (file == NULL)
+        return 0;
+    ok = fseek(file, (long)offset, SEEK_SET) == 0 && fread(out, 1, n, file) == n;
+    fclose(file);
+    return ok;
+}
+
+/* ==== 2. Errors, checked sizes, memory =========================================================== */
+
+/* Fill *e (NULL: not wanted) and return code. The message is "what is wrong; what to do". */
+static patch_status fail(patch_error *e, patch_status code, const char *where, const char *format,
+                         ...) {
+    va_list values;
+
+    if (e == NULL)
+        return code;
+    e->code = code;
+    snprintf(e->where, sizeof e->where, "%s", where);
+    va_start(values, format);
+    vsnprintf(e->message, sizeof e->message, format, values);
+    va_end(values);
+    return code;
+}
+
+static patch_status no_memory(patch_error *e, const char *where, size_t bytes) {
+    return fail(e, PATCH_E_MEMORY, where,
+                "no memory for %.1f MB; free some, use fewer prompts or set --max-memory",
+                (double)bytes / 1e6);
+}
+
+/* a * b and a + b into *out; 0 where they do not fit a size_t. */
+static int size_times(size_t a, size_t b, size_t *out) {
+    if (b != 0 && a > SIZE_MAX / b)
+        return 0;
+    *out = a * b;
+    return 1;
+}
+
+static int size_plus(size_t a, size_t b, size_t *out) {
+    if (a > SIZE_MAX - b)
+        return 0;
+    *out = a + b;
+    return 1;
+}
+
+static void *default_alloc(size_t bytes, void *ctx) {
+    (void)ctx;
+    return malloc(bytes);
+}
+
+static void default_free(void *memory, void *ctx) {
+    (void)ctx;
+    free(memory);
+}
+
+/* n elements of `size` bytes, not zeroed, never NULL for 0 bytes; NULL where the product overflows or
+   the allocator gives nothing. give() accepts NULL. */
+static void *take(const patch_allocator *a, size_t n, size_t size) {
+    size_t bytes;
+
+    if (!size_times(n, size, &bytes))
+        return NULL;
+    return a->alloc(bytes ? bytes : 1, a->ctx);
+}
+
+static void *take_zeroed(const patch_allocator *a, size_t n, size_t size) {
+    void *p = take(a, n, size);
+
+    if (p != NULL)
+        memset(p, 0, n * size);
+    return p;
+}
+
+static void give(const patch_allocator *a, void *p) {
+    if (p != NULL)
+        a->free(p, a->ctx);
+}
+
+/* The memory of one call: everything taken from a pool is freed at once, so that no function needs a
+   path for cleaning up. `limit` bounds what it holds; beyond, it gives nothing. */
+typedef union Block {
+    struct {
+        union Block *next, *last;
+        size_t bytes;
+    } link;
+    char aligned[64]; /* what follows a block keeps the allocator's alignment */
+} Block;
+
+typedef struct Pool {
+    const patch_allocator *a;
+    Block *blocks;
+    size_t bytes, limit, refused; /* refused: the request that could not be met */
+} Pool;
+
+/* n zeroed elements of `size` bytes, or NULL. */
+static void *pool_take(Pool *p, size_t n, size_t size) {
+    size_t bytes = SIZE_MAX;
+    Block *b = NULL;
+
+    if (size_times(n, size, &bytes) && size_plus(bytes, sizeof *b, &bytes) &&
+        bytes <= p->limit - p->bytes)
+        b = p->a->alloc(bytes, p->a->ctx);
+    if (b == NULL) {
+        p->refused = bytes;
+        return NULL;
+    }
+    memset(b, 0, bytes);
+    b->link.bytes = bytes;
+    b->link.next = p->blocks;
+    if (p->blocks != NULL)
+        p->blocks->link.last = b;
+    p->blocks = b;
+    p->bytes += bytes;
+    return b + 1;
+}
+
+/* Give one piece back early; NULL is fine. */
+static void pool_give(Pool *p, void *piece) {
+    Block *b = piece == NULL ? NULL : (Block *)piece - 1;
+
+    if (b == NULL)
+        return;
+    *(b->link.last ? &b->link.last->link.next : &p->blocks) = b->link.next;
+    if (b->link.next != NULL)
+        b->link.next->link.last = b->link.last;
+    p->bytes -= b->link.bytes;
+    p->a->free(b, p->a->ctx);
+}
+
+static Pool pool_begin(const patch_allocator *a, size_t limit) {
+    Pool p = {NULL, NULL, 0, 0, 0};
+
+    p.a = a;
+    p.limit = limit;
+    return p;
+}
+
+/* Free everything, and pass a status on. */
+static patch_status pool_end(Pool *p, patch_status s) {
+    while (p->blocks != NULL)
+        pool_give(p, p->blocks + 1);
+    return s;
+}
+
+/* ==== 3. Model file ==============================================================================
+   One flat file: head, table, tokenizer, tensors. All numbers are little-endian; tokenizer and
+   tensors begin at multiples of 64; the gaps between them are zero; nothing follows the last tensor.
+
+   Head, 128 bytes:
+        0  8 bytes  "ACTPATCH"                  52  u32  number of tensors
+        8  u32  version, 1                      56  u64  byte at which the tokenizer begins, 0: none
+       12  u32  n_layers                        64  u64  its length
+       16  u32  n_heads                         72  u64  length of the file
+       20  u32  d_model, C                      80  u32  CRC-32 of the table
+       24  u32  d_mlp, M                        84  u32  CRC-32 of the tokenizer
+       28  u32  n_ctx                           88  u32  processing, 0: raw (below)
+       32  u32  d_vocab, V                      92  32 zero bytes
+       36  u32  0 gelu_new, 1 gelu, 2 relu     124  u32  CRC-32 of bytes 0..123
+       40  f64  LayerNorm's epsilon
+       48  u32  1: scores of layer l are also divided by l + 1
+
+   Table, 80 bytes a tensor:
+        0  48 bytes  name, padded with zeros    60  u32  columns (1 where rank is 1)
+       48  u32  type: 0 f32, 1 f16, 2 panels    64  u64  byte at which it begins
+       52  u32  rank, 1 or 2                    72  u32  CRC-32 of its bytes
+       56  u32  rows                            76  u32  0
+
+   Tensors of a raw file, in this order: RAW_HEAD, RAW_LAYER for each layer, RAW_TAIL, and
+   lm_head.weight [V,C] where the unembedding is not wte.weight. Matrices are [in,out], row-major, and
+   f32 or f16; vectors are f32.
+
+   A processed file (`actpatch fold`) has FOLDED_LAYER instead of RAW_LAYER, and in `processing` bit 5
+   and the steps that were done: bit 0 fold_ln, 1 center_writing_weights, 2 center_unembed,
+   3 fold_value_biases, 4 refactor_factored_attn_matrices. Its matrices are panels of 16 columns,
+   [ceil(out/16)][in][16], zeros beyond the last column: what the kernels read, in place. The embeddings
+   and ln_f stay raw: a pass reads a few rows of them and processes those.
+   The CRC-32 is zlib's. The tokenizer's bytes are specified in chapter 4. */
+
+#define RAW_HEAD(X) X("wte.weight", V, C) X("wpe.weight", N, C)
+#define RAW_LAYER(X)                                                                               \
+    X("ln_1.weight", C, 0) X("ln_1.bias", C, 0) X("attn.c_attn.weight", C, 3 * C)                  \
+    X("attn.c_attn.bias", 3 * C, 0) X("attn.c_proj.weight", C, C) X("attn.c_proj.bias", C, 0)      \
+    X("ln_2.weight", C, 0) X("ln_2.bias", C, 0) X("mlp.c_fc.weight", C, M)                         \
+    X("mlp.c_fc.bias", M, 0) X("mlp.c_proj.weight", M, C) X("mlp.c_proj.bias", C, 0)
+#define FOLDED_LAYER(X)                                                                            \
+    X("ln_1.weight", C, 0) X("ln_1.bias", C, 0) X("attn.W_Q", C, C) X("attn.b_Q", C, 0)            \
+    X("attn.W_K", C, C) X("attn.b_K", C, 0) X("attn.W_V", C, C) X("attn.b_V", C, 0)                \
+    X("attn.W_O", C, C) X("attn.b_O", C, 0) X("ln_2.weight", C, 0) X("ln_2.bias", C, 0)            \
+    X("mlp.W_in", C, M) X("mlp.b_in", M, 0) X("mlp.W_out", M, C) X("mlp.b_out", C, 0)
+#define RAW_TAIL(X) X("ln_f.weight", C, 0) X("ln_f.bias", C, 0)
+
+enum { /* positions within a layer's tensors */
+    RAW_LN1_W, RAW_LN1_B, RAW_QKV, RAW_QKV_B, RAW_O, RAW_O_B,
+    RAW_LN2_W, RAW_LN2_B, RAW_IN, RAW_IN_B, RAW_OUT, RAW_OUT_B, RAW_PER_LAYER,
+    FOLD_LN1_W = 0, FOLD_LN1_B, FOLD_Q, FOLD_Q_B, FOLD_K, FOLD_K_B, FOLD_V, FOLD_V_B, FOLD_O, FOLD_O_B,
+    FOLD_LN2_W, FOLD_LN2_B, FOLD_IN, FOLD_IN_B, FOLD_OUT, FOLD_OUT_B, FOLD_PER_LAYER
+};
+
+enum { TYPE_F32, TYPE_F16, TYPE_PANELS };
+enum { HEAD_BYTES = 128, TABLE_ROW = 80, ALIGNMENT = 64, PANEL = 16 };
+enum { /* ceilings: far above any GPT-2, low enough that no product of two overflows 64 bits */
+    MAX_LAYERS = 256, MAX_HEADS = 256, MAX_MODEL = 65536, MAX_MLP = 262144, MAX_CTX = 1048576,
+    MAX_VOCAB = 4194304
+};
+enum { /* bits of `processing` */
+    DID_FOLD_LN = 1, DID_CENTER_WRITING = 2, DID_CENTER_UNEMBED = 4, DID_FOLD_VALUES = 8,
+    DID_REFACTOR = 16, DID_FOLD = 32
+};
+
+typedef struct Tensor {
+    uint32_t type, rank, rows, cols, crc; /* of a vector cols is 1 */
+    size_t offset, bytes;
+} Tensor;
+
+static uint32_t get_u32(const unsigned char *p) {
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+static uint64_t get_u64(const unsigned char *p) {
+    return get_u32(p) | (uint64_t)get_u32(p + 4) << 32;
+}
+
+static double get_f64(const unsigned char *p) {
+    const uint64_t bits = get_u64(p);
+    double value;
+
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* zlib's CRC-32 of n more bytes; begin with 0. Four bits at a time: 16 words of table instead of
+   1,024, at a third of the speed, for files that are checked once. */
+static uint32_t crc32_of(uint32_t crc, const unsigned char *p, size_t n) {
+    static const uint32_t table[16] = {
+        0x00000000, 0x1DB71064, 0x3B6E20C8, 0x26D930AC, 0x76DC4190, 0x6B6B51F4, 0x4DB26158, 0x5005713C,
+        0xEDB88320, 0xF00F9344, 0xD6D6A3E8, 0xCB61B38C, 0x9B64C2B0, 0x86D3D2D4, 0xA00AE278, 0xBDBDF21C};
+
+    crc = ~crc;
+    while (n-- > 0) {
+        crc ^= *p++;
+        crc = crc >> 4 ^ table[crc & 15];
+        crc = crc >> 4 ^ table[crc & 15];
+    }
+    return ~crc;
+}
+
+/* IEEE half to float, exactly; every half is a float. */
+static float half_to_float(uint32_t half) {
+    const uint32_t sign = (half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 0x3FF;
+    uint32_t bits;
+    float value;
+
+    if (exponent == 0) { /* zero or subnormal: mantissa * 2^-24 */
+        value = (float)mantissa * (1.0f / 16777216.0f);
+        return sign ? -value : value;
+    }
+    bits = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | mantissa << 13;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* What a file says, checked. Sizes as the head gives them; the tensors' bytes stay where they are. */
+typedef struct ModelFile {
+    Map map;
+    char *path;           /* NULL: memory of the caller's */
+    unsigned char *front; /* copy of everything before the first tensor, where nothing is mapped */
+    size_t L, H, C, D, M, N, V; /* layers, heads, d_model, d_head, d_mlp, n_ctx, d_vocab */
+    uint32_t act_fn, inverse_layer, processing, n_tensors;
+    double eps;
+    size_t tokenizer_at, tokenizer_bytes;
+    Tensor *tensors;
+    int untied; /* there is a lm_head.weight */
+} ModelFile;
+
+static size_t tensors_per_layer(const ModelFile *f) {
+    return f->processing & DID_FOLD ? FOLD_PER_LAYER : RAW_PER_LAYER;
+}
+
+/* Tensor `which` (RAW_... or FOLD_...) of a layer, and the four that are in no layer. */
+static const Tensor *layer_tensor(const ModelFile *f, size_t layer, size_t which) {
+    return &f->tensors[2 + layer * tensors_per_layer(f) + which];
+}
+
+static const Tensor *tail_tensor(const ModelFile *f, size_t which) {
+    return &f->tensors[2 + f->L * tensors_per_layer(f) + which];
+}
+
+static const Tensor *unembedding(const ModelFile *f) { /* [V,C]: one row a token */
+    return f->untied ? tail_tensor(f, 2) : &f->tensors[0];
+}
+
+typedef struct Expected { /* a tensor that has to come next */
+    char name[48];
+    size_t rows, cols; /* cols 0: a vector */
+    int is_matrix;
+} Expected;
+
+/* Name and shape of tensor number i of a file with these sizes. */
+static Expected expected_tensor(const ModelFile *f, size_t i) {
+    const size_t C = f->C, M = f->M, N = f->N, V = f->V, per_layer = tensors_per_layer(f);
+    const size_t which = i < 2 ? i : i < 2 + f->L * per_layer ? (i - 2) % per_layer : i - 2 - f->L * per_layer;
+    const struct {
+        const char *name;
+        size_t rows, cols;
+    } head[] = {
+#define X(name, rows, cols) {name, rows, cols},
+        RAW_HEAD(X)
+    }, raw[] = {RAW_LAYER(X)}, folded[] = {FOLDED_LAYER(X)}, tail[] = {
+        RAW_TAIL(X) X("lm_head.weight", V, C)
+#undef X
+    }, *row = i < 2 ? &head[which] : i >= 2 + f->L * per_layer ? &tail[which]
+              : f->processing & DID_FOLD ? &folded[which] : &raw[which];
+    const int in_layer = i >= 2 && i < 2 + f->L * per_layer;
+    Expected e;
+
+    memset(&e, 0, sizeof e);
+    if (in_layer)
+        snprintf(e.name, sizeof e.name, "h.%lu.%s", (unsigned long)((i - 2) / per_layer), row->name);
+    else
+        snprintf(e.name, sizeof e.name, "%s", row->name);
+    e.rows = row->rows;
+    e.cols = row->cols ? row->cols : 1;
+    e.is_matrix = row->cols != 0;
+    return e;
+}
+
+/* One field of the head: within 1..ceiling, or the error names byte and value. */
+static patch_status head_field(const unsigned char *head, size_t at, const char *name, size_t least,
+                               size_t most, size_t *out, const char *where, patch_error *e) {
+    *out = get_u32(head + at);
+    if (*out < least || *out > most)
+        return fail(e, PATCH_E_FORMAT, where,
+                    "byte %lu: %s = %lu (want %lu..%lu); convert the checkpoint again",
+                    (unsigned long)at, name, (unsigned long)*out, (unsigned long)least,
+                    (unsigned long)most);
+    return PATCH_OK;
+}
+
+static patch_status damaged(patch_error *e, const char *where, size_t byte, const char *what) {
+    return fail(e, PATCH_E_FORMAT, where, "byte %lu: %s; copy or convert the file again",
+                (unsigned long)byte, what);
+}
+
+/* The head's 128 bytes into *f. */
+static patch_status read_head(ModelFile *f, const unsigned char *head, const char *where,
+                              patch_error *e) {
+    size_t version, act, inverse, n_tensors, i;
+    patch_status s;
+    const struct {
+        size_t at;
+        const char *name;
+        size_t least, most, *out;
+    } fields[] = {
+        {8, "version", 1, 1, &version},      {12, "n_layer", 1, MAX_LAYERS, &f->L},
+        {16, "n_head", 1, MAX_HEADS, &f->H}, {20, "d_model", 1, MAX_MODEL, &f->C},
+        {24, "d_mlp", 1, MAX_MLP, &f->M},    {28, "n_ctx", 1, MAX_CTX, &f->N},
+        {32, "d_vocab", 1, MAX_VOCAB, &f->V}, {36, "activation", 0, 2, &act},
+        {48, "inverse_layer", 0, 1, &inverse}, {52, "tensor count", 1, 8192, &n_tensors},
+    };
+
+    if (memcmp(head, "ACTPATCH", 8) != 0)
+        return fail(e, PATCH_E_FORMAT, where,
+                    "byte 0: not an actpatch model; make one with convert_weights.py");
+    if (get_u32(head + 124) != crc32_of(0, head, 124))
+        return damaged(e, where, 124, "checksum of the head does not match");
+    for (i = 0; i < sizeof fields / sizeof fields[0]; i++)
+        if ((s = head_field(head, fields[i].at, fields[i].name, fields[i].least, fields[i].most,
+                            fields[i].out, where, e)) != PATCH_OK)
+            return s;
+    f->eps = get_f64(head + 40);
+    f->act_fn = (uint32_t)act;
+    f->inverse_layer = (uint32_t)inverse;
+    f->processing = get_u32(head + 88);
+    if (f->C % f->H != 0)
+        return damaged(e, where, 16, "d_model is not divisible by n_head");
+    if (!(f->eps >= 0 && f->eps <= 1))
+        return damaged(e, where, 40, "epsilon is not within 0..1");
+    if (f->processing != 0 && (f->processing > 63 || !(f->processing & DID_FOLD)))
+        return damaged(e, where, 88, "unknown processing");
+    for (i = 92; i < 124; i++)
+        if (head[i] != 0)
+            return damaged(e, where, i, "reserved byte is not zero");
+    f->D = f->C / f->H;
+    f->n_tensors = (uint32_t)n_tensors;
+    f->untied = n_tensors == 5 + f->L * tensors_per_layer(f);
+    if (!f->untied && n_tensors != 4 + f->L * tensors_per_layer(f))
+        return damaged(e, where, 52, "tensor count does not fit the layers");
+    return PATCH_OK;
+}
+
+/* Bytes that a tensor of this type and shape takes; the ceilings keep the product below 2^63. */
+static uint64_t tensor_bytes(uint32_t type, uint64_t rows, uint64_t cols) {
+    if (type == TYPE_PANELS)
+        cols = (cols + PANEL - 1) / PANEL * PANEL;
+    return rows * cols * (type == TYPE_F16 ? 2 : 4);
+}
+
+/* One row of the table; *end is where the previous tensor ended and becomes this one's end. */
+static patch_status read_row(ModelFile *f, size_t i, const unsigned char *row, uint64_t *end,
+                             const char *where, patch_error *e) {
+    const Expected want = expected_tensor(f, i);
+    const size_t at = HEAD_BYTES + i * TABLE_ROW;
+    const uint32_t type = get_u32(row + 48), rank = get_u32(row + 52);
+    const uint64_t offset = get_u64(row + 64), due = (*end + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    const int panels = want.is_matrix && (f->processing & DID_FOLD) && i >= 2 &&
+                       i < 2 + f->L * FOLD_PER_LAYER;
+    Tensor *t = &f->tensors[i];
+
+    if (memcmp(row, want.name, 48) != 0)
+        return fail(e, PATCH_E_FORMAT, where, "byte %lu: not the tensor %s; convert the checkpoint again",
+                    (unsigned long)at, want.name);
+    if (panels ? type != TYPE_PANELS : type > (want.is_matrix ? TYPE_F16 : TYPE_F32))
+        return damaged(e, where, at + 48, "tensor type does not fit");
+    if (rank != (want.is_matrix ? 2u : 1u) || get_u32(row + 56) != want.rows ||
+        get_u32(row + 60) != want.cols)
+        return damaged(e, where, at + 52, "tensor shape does not fit the head");
+    if (offset != due || get_u32(row + 76) != 0)
+        return damaged(e, where, at + 64, "tensor does not begin where the one before it ends");
+    t->type = type;
+    t->rank = rank;
+    t->rows = (uint32_t)want.rows;
+    t->cols = (uint32_t)want.cols;
+    t->crc = get_u32(row + 72);
+    *end = offset + tensor_bytes(type, want.rows, want.cols);
+    if (*end > f->map.size)
+        return damaged(e, where, at + 64, "tensor reaches beyond the end of the file");
+    t->offset = (size_t)offset;
+    t->bytes = (size_t)(*end - offset);
+    return PATCH_OK;
+}
+
+/* The bytes before the first tensor: in the map, or read into f->front. */
+static const unsigned char *front_bytes(ModelFile *f, size_t n, const patch_allocator *a) {
+    if (f->map.bytes != NULL)
+        return f->map.bytes;
+    give(a, f->front);
+    f->front = take(a, n, 1);
+    return f->front != NULL && map_read(f->path, 0, n, f->front) ? f->front : NULL;
+}
+
+/* Everything but the tensors, of a file whose map is set. *front are its checked first bytes. */
+static patch_status read_front(ModelFile *f, const unsigned char **front, const char *where,
+                               const patch_allocator *a, patch_error *e) {
+    const unsigned char *p;
+    uint64_t end, tokenizer, length;
+    size_t i, table;
+    patch_status s;
+
+    if (f->map.size < HEAD_BYTES)
+        return damaged(e, where, f->map.size, "too short for a model");
+    if ((p = front_bytes(f, HEAD_BYTES, a)) == NULL)
+        return fail(e, PATCH_E_IO, where, "cannot be read; check the file");
+    if ((s = read_head(f, p, where, e)) != PATCH_OK)
+        return s;
+    table = (size_t)f->n_tensors * TABLE_ROW;
+    tokenizer = get_u64(p + 56);
+    length = get_u64(p + 64);
+    if (get_u64(p + 72) != f->map.size)
+        return damaged(e, where, 72, "the file has another length than its head says");
+    end = (HEAD_BYTES + table + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    if (length != 0 ? tokenizer != end : tokenizer != 0)
+        return damaged(e, where, 56, "tokenizer does not follow the table");
+    if (end > f->map.size || length > f->map.size - end)
+        return damaged(e, where, 64, "tokenizer reaches beyond the end of the file");
+    f->tokenizer_at = (size_t)end;
+    f->tokenizer_bytes = (size_t)length;
+    end += length;
+    if ((p = front_bytes(f, (size_t)end, a)) == NULL)
+        return fail(e, PATCH_E_IO, where, "cannot be read; check the file");
+    if (crc32_of(0, p + HEAD_BYTES, table) != get_u32(p + 80))
+        return damaged(e, where, HEAD_BYTES, "checksum of the table does not match");
+    if (crc32_of(0, p + f->tokenizer_at, f->tokenizer_bytes) != get_u32(p + 84))
+        return damaged(e, where, f->tokenizer_at, "checksum of the tokenizer does not match");
+    if ((f->tensors = take(a, f->n_tensors, sizeof *f->tensors)) == NULL)
+        return no_memory(e, where, table);
+    memset(f->tensors, 0, f->n_tensors * sizeof *f->tensors);
+    for (i = 0; i < f->n_tensors; i++)
+        if ((s = read_row(f, i, p + HEAD_BYTES + i * TABLE_ROW, &end, where, e)) != PATCH_OK)
+            return s;
+    if (end != f->map.size)
+        return damaged(e, where, (size_t)end, "bytes follow the last tensor");
+    *front = p;
+    return PATCH_OK;
+}
+
+/* Rows first .. first + n - 1 of a tensor as the file stores them, until weights_done; NULL where they
+   cannot be read or there is no memory for them. Mapped files need no copy. */
+static const unsigned char *weights(const ModelFile *f, const Tensor *t, size_t first, size_t n,
+                                    const patch_allocator *a) {
+    const size_t row = t->bytes / t->rows, offset = t->offset + first * row;
+    unsigned char *copy;
+
+    if (f->map.bytes != NULL)
+        return f->map.bytes + offset;
+    copy = take(a, n, row);
+    if (copy != NULL && !map_read(f->path, offset, n * row, copy)) {
+        give(a, copy);
+        return NULL;
+    }
+    return copy;
+}
+
+/* The same bytes are not needed for now: pages go back to the system, a copy to the allocator. */
+static void weights_done(const ModelFile *f, const Tensor *t, size_t n, const unsigned char *bytes,
+                         const patch_allocator *a) {
+    if (bytes == NULL)
+        return;
+    if (f->map.bytes != NULL)
+        map_release(&f->map, bytes, n * (t->bytes / t->rows));
+    else
+        give(a, (void *)(uintptr_t)bytes);
+}
+
+static int big_endian(void) {
+    const uint16_t one = 1;
+    unsigned char first;
+
+    memcpy(&first, &one, 1);
+    return first == 0;
+}
+
+/* n elements from element `at` of a stored row or vector. */
+ALWAYS_INLINE void load_floats(uint32_t type, const unsigned char *p, size_t at, size_t n, float *out) {
+    size_t i;
+
+    if (type == TYPE_F16) {
+        for (i = 0; i < n; i++)
+            out[i] = half_to_float((uint32_t)p[2 * (at + i)] | (uint32_t)p[2 * (at + i) + 1] << 8);
+        return;
+    }
+    memcpy(out, p + 4 * at, 4 * n);
+    if (big_endian())
+        for (i = 0; i < n; i++) {
+            const uint32_t bits = get_u32(p + 4 * (at + i));
+
+            memcpy(&out[i], &bits, 4);
+        }
+}
+
+/* One row of a matrix, or a whole vector (row 0), as floats; 0 where it cannot be read. */
+static int weights_row(const ModelFile *f, const Tensor *t, size_t row, float *out,
+                       const patch_allocator *a) {
+    const int vector = t->rank == 1;
+    const size_t n = vector ? t->rows : 1;
+    const unsigned char *p = weights(f, t, vector ? 0 : row, n, a);
+
+    if (p == NULL)
+        return 0;
+    load_floats(t->type, p, 0, vector ? t->rows : t->cols, out);
+    if (f->map.bytes == NULL)
+        weights_done(f, t, n, p, a);
+    return 1;
+}
+
+static void model_file_free(ModelFile *f, const patch_allocator *a) {
+    map_close(&f->map);
+    give(a, f->path);
+    give(a, f->front);
+    give(a, f->tensors);
+    memset(f, 0, sizeof *f);
+}
+
+/* ==== 4. Tokenizer ===============================================================================
+   GPT-2's byte-level BPE: any bytes become exactly the tokens that Hugging Face's tokenizers 0.22.2
+   makes of them, and the tokens' bytes, one after the other, are the text again.
+
+   The tokenizer's section of a model file, numbers little-endian:
+        0  u32  number of tokens, at most d_vocab
+        4  u32  number of merges
+        8  u32  id of <|endoftext|>; 0xFFFFFFFF: there is no such token
+       12  u32  0
+       16  the tokens by id, each a u16 length and so many bytes; length 0: the id has no token
+           zero bytes up to a multiple of 4
+           the merges by rank, lowest first, each the ids of the left, right and joined token, u32
+   Each of the 256 bytes is a token exactly once. A joined token is its left token's bytes and then
+   its right token's; no two merges have the same pair. Nothing follows the last merge.
+
+   A text becomes tokens in three steps:
+   1. Every <|endoftext|> in it is that token. The parts between them are texts of their own: a
+      space before an <|endoftext|> stands at the end of its part. Nothing is normalised, and tokens
+      that somebody added to the vocabulary are not looked for.
+   2. A part is cut into words, from left to right, as this expression matches them:
+          's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+      where (?!\S) leaves the last of several spaces to the word behind it: "a  b" is |a| | b|. The
+      classes are appendix A's; a byte outside of valid UTF-8 is neither letter, number nor space.
+   3. A word begins as one token for each of its bytes. Of all neighbours that have a merge, the
+      pair of the lowest rank is joined, the leftmost of equal ones, until no neighbours have one.
+      That is not the longest match: " activations" is | activ|ations|, although " activation" is a
+      token. */
+
+#define EOT_TEXT "<|endoftext|>"
+#define EOT_BYTES (sizeof EOT_TEXT - 1)
+#define NO_TOKEN 0xFFFFFFFFu     /* no id, no rank or no position */
+#define UTF8_INVALID 0xFFFFFFFFu /* no code point: a byte that begins no valid character */
+
+enum { SECTION_HEAD = 16, MERGE_RECORD = 12, MAX_PROBES = 256 };
+enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE }; /* appendix A's numbers */
+
+static int unicode_class(uint32_t code); /* appendix A: generated tables come last */
+
+/* A checked section, used in place, and what finds things in it. */
+typedef struct Tokenizer {
+    const unsigned char *section;
+    const unsigned char *merges; /* [n_merges] records of 12 bytes, by rank */
+    uint32_t n_tokens, n_merges, eot;
+    uint32_t byte_ids[256]; /* the token of each byte */
+    uint32_t *starts;       /* [n_tokens]: byte of the section at which the token's length stands */
+    uint32_t *slots;        /* [slot_mask + 1]: hash table, from pairs to ranks; NO_TOKEN: free */
+    uint32_t slot_mask;     /* of the slots, a power of two, at most half are taken */
+} Tokenizer;
+
+/* A token's bytes and their number; NULL and 0 where the id has none. */
+static const unsigned char *token_bytes(const Tokenizer *t, uint32_t id, size_t *n) {
+    const unsigned char *p = id < t->n_tokens ? t->section + t->starts[id] : NULL;
+
+    *n = p != NULL ? (size_t)p[0] | (size_t)p[1] << 8 : 0;
+    return *n > 0 ? p + 2 : NULL;
+}
+
+/* The same for ids from outside, which may be negative, and as text. */
+static const char *tokenizer_token(const Tokenizer *t, int id, size_t *n) {
+    return (const char *)token_bytes(t, id < 0 ? NO_TOKEN : (uint32_t)id, n);
+}
+
+/* The slot that holds the rank of a pair of ids, or else the free one where it belongs: the first
+   of either kind from the pair's hash on. NULL after MAX_PROBES slots with other pairs. All of
+   GPT-2's pairs lie within 14; the bound is there for files made so that all pairs hash alike,
+   which without it would take time in the square of their merges. */
+static uint32_t *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
+    const uint64_t odd = 0x9E3779B97F4A7C15u; /* 2^64 / the golden ratio */
+    uint64_t hash = ((uint64_t)left << 32 | right) * odd;
+    size_t probe;
+
+    hash = (hash ^ hash >> 32) * odd >> 32; /* the high bits depend on all of the pair */
+    for (probe = 0; probe < MAX_PROBES; probe++) {
+        uint32_t *slot = &t->slots[(hash + probe) & t->slot_mask];
+        const unsigned char *merge;
+
+        if (*slot == NO_TOKEN)
+            return slot;
+        merge = t->merges + (size_t)*slot * MERGE_RECORD;
+        if (get_u32(merge) == left && get_u32(merge + 4) == right)
+            return slot;
+    }
+    return NULL;
+}
+
+/* ---- reading a section ---------------------------------------------------------------------- */
+
+/* The error "WHAT number VERDICT" at a byte of the section. A file comes from anywhere: what the
+   rest of the chapter relies on is checked here, once, so that no text can lead outside of the
+   tables. */
+static patch_status bad_section(patch_error *e, const char *where, size_t byte, const char *what,
+                                size_t number, const char *verdict) {
+    return fail(e, PATCH_E_FORMAT, where,
+                "tokenizer byte %lu: %s %lu %s; convert the checkpoint again", (unsigned long)byte,
+                what, (unsigned long)number, verdict);
+}
+
+/* Find where each token begins, and *end, where the last one ends. Every byte must be a token, or
+   some texts would have no ids; only once, or it would be open which id it gets. */
+static patch_status read_tokens(Tokenizer *t, size_t n, size_t *end, const char *where,
+                                patch_error *e) {
+    size_t at = SECTION_HEAD, length = 0;
+    const unsigned char *p = NULL;
+    uint32_t id, byte;
+
+    memset(t->byte_ids, 0xFF, sizeof t->byte_ids); /* NO_TOKEN */
+    for (id = 0; id < t->n_tokens; id++, at += 2 + length) {
+        t->starts[id] = (uint32_t)at;
+        if (n - at >= 2) /* else there is not even a length */
+            p = token_bytes(t, id, &length);
+        if (n - at < 2 + length)
+            return bad_section(e, where, at, "token", id, "runs past the section's end");
+        if (length == 1 && t->byte_ids[*p] != NO_TOKEN)
+            return bad_section(e, where, at, "token", id, "repeats a single byte");
+        if (length == 1)
+            t->byte_ids[*p] = id;
+    }
+    for (byte = 0; byte < 256; byte++)
+        if (t->byte_ids[byte] == NO_TOKEN)
+            return bad_section(e, where, SECTION_HEAD, "byte value", byte,
+                               "has no token of its own");
+    p = token_bytes(t, t->eot, &length);
+    if (t->eot != NO_TOKEN && (length != EOT_BYTES || memcmp(p, EOT_TEXT, EOT_BYTES) != 0))
+        return bad_section(e, where, 8, "token", t->eot, "is not " EOT_TEXT);
+    *end = at;
+    return PATCH_OK;
+}
+
+/* Is a merge's third token the first two in a row? No where one of the three does not exist. It
+   is what makes tokens decode to the text they came from. */
+static int merge_joins(const Tokenizer *t, const unsigned char *merge) {
+    size_t n_left, n_right, n;
+    const unsigned char *left = token_bytes(t, get_u32(merge), &n_left);
+    const unsigned char *right = token_bytes(t, get_u32(merge + 4), &n_right);
+    const unsigned char *joined = token_bytes(t, get_u32(merge + 8), &n);
+
+    return left != NULL && right != NULL && joined != NULL && n == n_left + n_right &&
+           memcmp(joined, left, n_left) == 0 && memcmp(joined + n_left, right, n_right) == 0;
+}
+
+/* Filler and merges, which must fill the section from byte `at` on, and the hash table of them. */
+static patch_status read_merges(Tokenizer *t, size_t n, size_t at, const char *where,
+                                const patch_allocator *a, patch_error *e) {
+    size_t n_slots = 1;
+    uint32_t rank;
+
+    for (; at % 4 != 0 && at < n; at++)
+        if (t->section[at] != 0)
+            return bad_section(e, where, at, "filler", t->section[at], "is not zero");
+    if (at % 4 != 0 || (uint64_t)t->n_merges * MERGE_RECORD != n - at)
+        return bad_section(e, where, 4, "merge count", t->n_merges, "does not fit");
+    t->merges = t->section + at;
+    while (n_slots / 2 < t->n_merges) /* 2^30 at most: the section is below 2^32 */
+        n_slots *= 2;
+    t->slot_mask = (uint32_t)(n_slots - 1);
+    if ((t->slots = take(a, n_slots, sizeof *t->slots)) == NULL)
+        return no_memory(e, where, n_slots * sizeof *t->slots);
+    memset(t->slots, 0xFF, n_slots * sizeof *t->slots); /* NO_TOKEN */
+    for (rank = 0; rank < t->n_merges; rank++, at += MERGE_RECORD) {
+        const unsigned char *merge = t->section + at;
+        uint32_t *slot = merge_slot(t, get_u32(merge), get_u32(merge + 4));
+
+        if (!merge_joins(t, merge))
+            return bad_section(e, where, at, "merge", rank, "does not yield its pair joined");
+        if (slot == NULL)
+            return bad_section(e, where, at, "merge", rank, "hashes like too many others");
+        if (*slot != NO_TOKEN)
+            return bad_section(e, where, at, "merge", rank, "has the pair of an earlier one");
+        *slot = rank;
+    }
+    return PATCH_OK;
+}
+
+/* Free what tokenizer_read took; the section is the caller's. A zeroed Tokenizer is fine. */
+static void tokenizer_free(Tokenizer *t, const patch_allocator *a) {
+    give(a, t->starts);
+    give(a, t->slots);
+    memset(t, 0, sizeof *t);
+}
+
+/* Check a section of n bytes, which stays in use, and index it: 1 KB, 4 bytes a token and 8 to 16
+   a merge. After an error, FORMAT or MEMORY, *t is zeroed: no tokens, and nothing to free. */
+static patch_status tokenizer_read(Tokenizer *t, const unsigned char *section, size_t n,
+                                   size_t d_vocab, const char *where, const patch_allocator *a,
+                                   patch_error *e) {
+    patch_status s;
+    size_t end = 0;
+
+    memset(t, 0, sizeof *t);
+    if (n < SECTION_HEAD || n >= NO_TOKEN) /* positions are u32 */
+        return bad_section(e, where, 0, "a length of", n, "cannot be");
+    if (get_u32(section) > d_vocab)
+        return bad_section(e, where, 0, "token count", get_u32(section), "is above d_vocab");
+    if (get_u32(section + 12) != 0)
+        return bad_section(e, where, 12, "reserved word", get_u32(section + 12), "is not zero");
+    t->section = section;
+    t->n_tokens = get_u32(section);
+    t->n_merges = get_u32(section + 4);
+    t->eot = get_u32(section + 8);
+    if ((t->starts = take(a, t->n_tokens, sizeof *t->starts)) == NULL)
+        s = no_memory(e, where, t->n_tokens * sizeof *t->starts);
+    else if ((s = read_tokens(t, n, &end, where, e)) == PATCH_OK)
+        s = read_merges(t, n, end, where, a, e);
+    if (s != PATCH_OK)
+        tokenizer_free(t, a);
+    return s;
+}
+
+/* ---- cutting a text into words -------------------------------------------------------------- */
+
+/* The code point at s, of whose n >= 1 bytes it takes *length. What UTF-8 does not allow
+   (overlong forms, surrogates, more than U+10FFFF, stray and missing bytes) is UTF8_INVALID and
+   takes 1. */
+static uint32_t utf8_next(const unsigned char *s, size_t n, size_t *length) {
+    static const uint32_t least[4] = {0, 0x80, 0x800, 0x10000}; /* by number of further bytes */
+    const uint32_t lead = s[0];
+    const size_t more = lead < 0x80 ? 0 : lead < 0xE0 ? 1 : lead < 0xF0 ? 2 : 3;
+    uint32_t code = more == 0 ? lead : lead & 0x3Fu >> more;
+    size_t i;
+
+    *length = 1;
+    if ((lead >= 0x80 && lead < 0xC0) || lead >= 0xF8 || more >= n)
+        return UTF8_INVALID;
+    for (i = 1; i <= more; i++) {
+        if ((s[i] & 0xC0) != 0x80)
+            return UTF8_INVALID;
+        code = code << 6 | (s[i] & 0x3Fu);
+    }
+    if (code < least[more] || code > 0x10FFFF || (code >= 0xD800 && code < 0xE000))
+        return UTF8_INVALID;
+    *length = more + 1;
+    return code;
+}
+
+/* The bytes of the longest run of one class at s, 0: none; its last character begins at *last. A
+   byte outside of UTF-8 is CLASS_OTHER, for that is what appendix A makes of UTF8_INVALID. */
+static size_t class_run(const unsigned char *s, size_t n, int kind, size_t *last) {
+    size_t at = 0, length;
+
+    *last = 0;
+    while (at < n && unicode_class(utf8_next(s + at, n - at, &length)) == kind) {
+        *last = at;
+        at += length;
+    }
+    return at;
+}
+
+/* The bytes of the word at s, where a part of a text has n >= 1 more: the expression above. Only
+   of a run of spaces a character is given back, so that cutting a text takes linear time. */
+static size_t word_length(const unsigned char *s, size_t n) {
+    size_t length, last, space;
+    int kind;
+
+    if (n >= 2 && s[0] == '\'' && memchr("stmd", s[1], 4) != NULL)
+        return 2;
+    if (n >= 3 && s[0] == '\'' && ((s[1] == 'r' && s[2] == 'e') || (s[1] == 'v' && s[2] == 'e') ||
+                                   (s[1] == 'l' && s[2] == 'l')))
+        return 3;
+    space = s[0] == ' ' && n >= 2; /* " ?" takes U+0020 and no other space */
+    kind = unicode_class(utf8_next(s + space, n - space, &length));
+    if (kind == CLASS_SPACE) /* it is not followed by a word: one more of a run of spaces */
+        space = 0;
+    length = space + class_run(s + space, n - space, kind, &last);
+    return kind == CLASS_SPACE && length < n && last > 0 ? last : length; /* \s+(?!\S) */
+}
+
+/* A walk over the words of a text. It remembers the end of the part it is in, so that the text is
+   searched for <|endoftext|> only once: a million times "<" must not take a million searches. */
+typedef struct Walk {
+    const unsigned char *text;
+    size_t n, at;
+    size_t part_end; /* where the next <|endoftext|> begins, n: nowhere */
+} Walk;
+
+/* Set part_end; w->at is where a part begins. */
+static void walk_find_part(const Tokenizer *t, Walk *w) {
+    size_t at = w->at;
+
+    w->part_end = w->n;
+    while (t->eot != NO_TOKEN && w->n - at >= EOT_BYTES) {
+        const unsigned char *found = memchr(w->text + at, '<', w->n - at - EOT_BYTES + 1);
+
+        if (found == NULL)
+            return;
+        at = (size_t)(found - w->text);
+        if (memcmp(found, EOT_TEXT, EOT_BYTES) == 0) {
+            w->part_end = at;
+            return;
+        }
+        at++;
+    }
+}
+
+/* A walk before its first step. Without bytes, text may be NULL. */
+static Walk walk_begin(const Tokenizer *t, const char *text, size_t n) {
+    Walk w = {NULL, 0, 0, 0};
+
+    w.text = (const unsigned char *)text;
+    w.n = n;
+    walk_find_part(t, &w);
+    return w;
+}
+
+/* Step over bytes *from .. w->at - 1, a word or (*is_eot) an <|endoftext|>. 0: the text ends. */
+static int walk_next(const Tokenizer *t, Walk *w, size_t *from, int *is_eot) {
+    if (w->at == w->n)
+        return 0;
+    *from = w->at;
+    *is_eot = w->at == w->part_end;
+    if (*is_eot) {
+        w->at += EOT_BYTES;
+        walk_find_part(t, w);
+    } else {
+        w->at += word_length(w->text + w->at, w->part_end - w->at);
+    }
+    return 1;
+}
+
+/* ---- merging -------------------------------------------------------------------------------- */
+
+/* What it takes to merge words of up to n bytes, 28 n bytes in one piece. A token stands where its
+   first byte stands in the word; next and previous chain the tokens. The queue holds the pairs that
+   have a merge, as rank << 32 | position of the left token: the least number is the next merge. It
+   is a binary heap with room for 2 n entries, which suffices: at first there are n - 1 pairs, and
+   each of at most n - 1 merges takes one entry out and puts at most two in. */
+typedef struct Merger {
+    uint64_t *queue;           /* [2 n] */
+    uint32_t *ids;             /* [n], NO_TOKEN where the token was joined to the one on its left */
+    uint32_t *previous, *next; /* [n], NO_TOKEN at the ends */
+    size_t n_queue;
+    int *out; /* [capacity]: all ids so far, the caller's; beyond capacity they are only counted */
+    size_t n_out, capacity;
+} Merger;
+
+enum { MERGER_BYTES = 2 * sizeof(uint64_t) + 3 * sizeof(uint32_t) }; /* times n */
+
+/* Queue the token at position `at` and the one behind it, which must exist, if a merge fits. */
+static void queue_pair(const Tokenizer *t, Merger *m, uint32_t at) {
+    const uint32_t *slot = merge_slot(t, m->ids[at], m->ids[m->next[at]]);
+    size_t hole; /* where the entry may go, on its way from the last leaf to the root */
+    uint64_t entry;
+
+    if (slot == NULL || *slot == NO_TOKEN)
+        return;
+    entry = (uint64_t)*slot << 32 | at;
+    for (hole = m->n_queue++; hole > 0 && m->queue[(hole - 1) / 2] > entry; hole = (hole - 1) / 2)
+        m->queue[hole] = m->queue[(hole - 1) / 2];
+    m->queue[hole] = entry;
+}
+
+/* Remove and return the least entry of a queue that is not empty. The last one takes its place,
+   from the root down past all that are less. */
+static uint64_t queue_take(Merger *m) {
+    const uint64_t least = m->queue[0], entry = m->queue[--m->n_queue];
+    size_t hole = 0, child;
+
+    while ((child = 2 * hole + 1) < m->n_queue) {
+        if (child + 1 < m->n_queue && m->queue[child + 1] < m->queue[child])
+            child++;
+        if (m->queue[child] >= entry)
+            break;
+        m->queue[hole] = m->queue[child];
+        hole = child;
+    }
+    m->queue[hole] = entry;
+    return least;
+}
+
+/* Append to the ids, which the caller has asked to be at most `capacity`. */
+static void put_id(Merger *m, uint32_t id) {
+    if (m->n_out < m->capacity)
+        m->out[m->n_out] = (int)id;
+    m->n_out++;
+}
+
+/* Put out the ids of a word of n >= 1 bytes, in O(n log n) steps. An entry stays queued when a
+   neighbour takes one of its tokens away; it is seen to be stale when it comes up. Should its
+   pair stand there once more by then, it is no less the one to join. */
+static void merge_word(const Tokenizer *t, Merger *m, const unsigned char *word, uint32_t n) {
+    uint32_t at, behind;
+
+    for (at = 0; at < n; at++) {
+        m->ids[at] = t->byte_ids[word[at]];
+        m->previous[at] = at > 0 ? at - 1 : NO_TOKEN;
+        m->next[at] = at + 1 < n ? at + 1 : NO_TOKEN;
+    }
+    for (m->n_queue = 0, at = 0; at + 1 < n; at++)
+        queue_pair(t, m, at);
+    while (m->n_queue > 0) {
+        const uint64_t entry = queue_take(m);
+        const unsigned char *merge = t->merges + (size_t)(entry >> 32) * MERGE_RECORD;
+
+        at = (uint32_t)entry;
+        behind = m->next[at];
+        if (m->ids[at] != get_u32(merge) || behind == NO_TOKEN ||
+            m->ids[behind] != get_u32(merge + 4))
+            continue; /* stale */
+        m->ids[at] = get_u32(merge + 8);
+        m->ids[behind] = NO_TOKEN; /* no pair that begins here is true any more */
+        m->next[at] = m->next[behind];
+        if (m->next[at] != NO_TOKEN) {
+            m->previous[m->next[at]] = at;
+            queue_pair(t, m, at);
+        }
+        if (m->previous[at] != NO_TOKEN)
+            queue_pair(t, m, m->previous[at]);
+    }
+    for (at = 0; at != NO_TOKEN; at = m->next[at])
+        put_id(m, m->ids[at]);
+}
+
+/* The ids of a text of n bytes, as many as ids has room for; *n_ids is the number of all. One
+   walk measures the longest word, for which memory is taken once, and a second one merges.
+   Errors: SIZE; MEMORY, also for a word of 4 GB, for which 28 times as much would be needed. */
+static patch_status tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int *ids,
+                                     size_t capacity, size_t *n_ids, const patch_allocator *a,
+                                     patch_error *e) {
+    Walk w = walk_begin(t, text, n);
+    size_t longest = 0, from, bytes = SIZE_MAX;
+    Merger m;
+    int is_eot;
+
+    *n_ids = 0;
+    while (walk_next(t, &w, &from, &is_eot))
+        if (!is_eot && w.at - from > longest)
+            longest = w.at - from;
+    memset(&m, 0, sizeof m);
+    if (longest < NO_TOKEN && size_times(longest, MERGER_BYTES, &bytes))
+        m.queue = take(a, bytes, 1);
+    if (m.queue == NULL)
+        return no_memory(e, "text", bytes);
+    m.ids = (uint32_t *)(void *)(m.queue + 2 * longest); /* the widest come first: all aligned */
+    m.previous = m.ids + longest;
+    m.next = m.previous + longest;
+    m.out = ids;
+    m.capacity = capacity;
+    for (w = walk_begin(t, text, n); walk_next(t, &w, &from, &is_eot);)
+        if (is_eot)
+            put_id(&m, t->eot);
+        else
+            merge_word(t, &m, w.text + from, (uint32_t)(w.at - from));
+    give(a, m.queue);
+    *n_ids = m.n_out;
+    if (m.n_out > capacity)
+        return fail(e, PATCH_E_SIZE, "text", "%lu ids, room for %lu; make room for that many",
+                    (unsigned long)m.n_out, (unsigned long)capacity);
+    return PATCH_OK;
+}
+
+/* ==== 5. Kernels =================================================================================
+   The inner loops, each written once and compiled once per tier: AVX-512, AVX2 with FMA, and the
+   compiler's own baseline (SSE2, NEON or plain C). The tier is chosen when a model is opened.
+
+   Every sum is taken in one fixed order, whatever the number of rows, threads or columns at once:
+   a product over k goes in blocks of K_BLOCK, each from 0 upwards, and the blocks' sums are added in
+   order. A straight sum over all k would be less accurate (4 to 6 times at K = 768).
+
+   Within a tier the compiler fuses multiply and add or it does not, in vector and scalar code alike
+   (gcc outside the ISO modes: wherever the tier has FMA), so the plain kernel gives the same bits. */
+
+enum { K_BLOCK = 128, LANES = 16, STEP = 48, MAX_TILE_ROWS = 8 };
+
+/* A tile: y [rows,cols] = a [rows,k] . b, with a given as row pointers and b as panels [.][k][16] of
+   which each is `panel` floats from the one before it. */
+typedef void (*TileKernel)(size_t k, const float *const *a, const float *b, size_t panel, float *y);
+
+/* What one panel of 16 columns is made from; see Linear in chapter 6. All arrays are [k]. */
+typedef struct PanelSource {
+    const unsigned char *bytes; /* stored matrix: row i has `stride` elements, columns from `column` */
+    const float *dense;         /* or the same as floats */
+    uint32_t type;
+    size_t k, stride, column, columns; /* columns: how many of the 16 exist */
+    int transposed;         /* the columns are stored rows instead (W_U is wte) */
+    const double *center;   /* subtracted from row i first: center_writing_weights */
+    const double *shift;    /* bias += shift . W: a LayerNorm's bias, or the value biases */
+    const float *scale;     /* W *= scale, then each column minus its mean: fold_ln */
+    const double *center_after; /* subtracted from row i last: center_unembed */
+} PanelSource;
+
+typedef struct Kernels {
+    const char *name;
+    size_t rows, cols; /* of a tile */
+    TileKernel tile, plain;
+    void (*pack)(const PanelSource *source, float *panel, double *bias);
+    void (*activate)(uint32_t act_fn, float *x, size_t n);
+    void (*exponentials)(float *x, size_t n, float subtract);
+    double (*mean)(const float *x, size_t n);
+    void (*norm_scale)(const float *x, size_t n, double eps, float *scale);
+    void (*normalize)(const float *x, size_t n, float scale, const float *w, const float *b, float *y);
+    void (*scores)(const float *q, const float *const *k, size_t at, size_t n, size_t d, float divisor,
+                   float *out);
+    void (*mix)(const float *pattern, const float *const *v, size_t at, size_t n, size_t d, float *z);
+} Kernels;
+
+/* e^x for any float; relative error below 8e-8 (tests/test_kernels.py: every 61st float, all of them
+   with `make test-exhaustive`), 0 and infinity where float32 has them. Cody and Waite's reduction
+   x = n ln 2 + r with ln 2 in two pieces, |r| <= 0.35, then Cephes' polynomial of degree 6. No branch,
+   so that the compiler turns 16 of them into vectors; 2^n goes in as two factors so that results below
+   2^-126 come out denormal. */
+ALWAYS_INLINE float exp_float(float x) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
+    float n, r, p, t, half, rest;
+    int32_t bits, h;
+    uint32_t u, mask;
+
+    /* Clamp to -104..89, on the bits and without a branch (a comparison of floats may trap, so gcc
+       would not vectorise it): [89, inf] and [-inf, -104] are ranges of bits; NaN lies in neither. */
+    memcpy(&u, &x, 4);
+    mask = 0u - (uint32_t)(u - 0x42B20000u <= 0x7F800000u - 0x42B20000u);
+    u = (u & ~mask) | (0x42B20000u & mask);
+    mask = 0u - (uint32_t)(u - 0xC2D00000u <= 0xFF800000u - 0xC2D00000u);
+    u = (u & ~mask) | (0xC2D00000u & mask);
+    memcpy(&x, &u, 4);
+    t = x * 1.44269504f + magic;
+    n = t - magic;
+    memcpy(&bits, &t, 4);
+    bits -= 0x4B400000; /* the integer n */
+    r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    h = bits >> 1;
+    bits = (int32_t)((uint32_t)(bits - h + 127) << 23);
+    h = (int32_t)((uint32_t)(h + 127) << 23);
+    memcpy(&half, &h, 4);
+    memcpy(&rest, &bits, 4);
+    return p * half * rest;
+}
+
+/* gelu_new(x) = x (1 + tanh u) / 2 = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3): one exp
+   instead of libm's tanhf, which would take as long as all the products. */
+ALWAYS_INLINE float gelu_new(float x) {
+    const float u = x + 0.044715f * (x * x * x);
+
+    return x / (1.0f + exp_float(-1.5957691216f * u));
+}
+
+ALWAYS_INLINE void activate_body(uint32_t act_fn, float *x, size_t n) {
+    size_t i, j;
+
+    if (act_fn == 0) {
+        for (i = 0; i + LANES <= n; i += LANES)
+            for (j = 0; j < LANES; j++)
+                x[i + j] = gelu_new(x[i + j]);
+        for (; i < n; i++)
+            x[i] = gelu_new(x[i]);
+    } else if (act_fn == 1) {
+        for (i = 0; i < n; i++) /* the exact GELU, with libm's erf in double */
+            x[i] = (float)(0.5 * (double)x[i] * (1.0 + erf((double)x[i] * 0.70710678118654752440)));
+    } else {
+        for (i = 0; i < n; i++)
+            x[i] = x[i] > 0.0f ? x[i] : x[i] * 0.0f; /* NaN stays NaN */
+    }
+}
+
+/* x[i] = e^(x[i] - subtract) */
+ALWAYS_INLINE void exponentials_body(float *x, size_t n, float subtract) {
+    size_t i, j;
+
+    for (i = 0; i + LANES <= n; i += LANES)
+        for (j = 0; j < LANES; j++)
+            x[i + j] = exp_float(x[i + j] - subtract);
+    for (; i < n; i++)
+        x[i] = exp_float(x[i] - subtract);
+}
+
+/* Sum of 16 lanes, as a tree. */
+ALWAYS_INLINE double sum_lanes(const double *lane) {
+    double a[8];
+    size_t j;
+
+    for (j = 0; j < 8; j++)
+        a[j] = lane[j] + lane[j + 8];
+    return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+}
+
+/* Sum of (x - mean)^power, power 1 or 2, in double and 16 lanes. */
+ALWAYS_INLINE double sum_power(const float *x, size_t n, double mean, int power) {
+    double lane[LANES] = {0};
+    size_t i, j;
+
+    for (i = 0; i + LANES <= n; i += LANES)
+        for (j = 0; j < LANES; j++) {
+            const double d = (double)x[i + j] - mean;
+
+            lane[j] += power == 1 ? d : d * d;
+        }
+    for (j = 0; i < n; i++, j++) {
+        const double d = (double)x[i] - mean;
+
+        lane[j] += power == 1 ? d : d * d;
+    }
+    return sum_lanes(lane);
+}
+
+ALWAYS_INLINE double mean_body(const float *x, size_t n) {
+    return sum_power(x, n, 0.0, 1) / (double)n;
+}
+
+/* LayerNorm's scale: sqrt(var(x) + eps), the variance over n; eps is inside the root. */
+ALWAYS_INLINE void norm_scale_body(const float *x, size_t n, double eps, float *scale) {
+    const double mean = mean_body(x, n);
+
+    *scale = (float)sqrt(sum_power(x, n, mean, 2) / (double)n + eps);
+}
+
+/* y = (x - mean) / scale, times w plus b where the LayerNorm is not folded (else NULL). */
+ALWAYS_INLINE void normalize_body(const float *x, size_t n, float scale, const float *w,
+                                  const float *b, float *y) {
+    const double mean = mean_body(x, n), inverse = 1.0 / (double)scale;
+    size_t i, j;
+
+    for (i = 0; i + LANES <= n; i += LANES)
+        for (j = 0; j < LANES; j++)
+            y[i + j] = (float)(((double)x[i + j] - mean) * inverse);
+    for (; i < n; i++)
+        y[i] = (float)(((double)x[i] - mean) * inverse);
+    if (w != NULL)
+        for (i = 0; i < n; i++)
+            y[i] = y[i] * w[i] + b[i];
+}
+
+/* out [n] = q . k[i] / divisor, for one head: d elements from element `at` of each key. */
+ALWAYS_INLINE void scores_body(const float *q, const float *const *k, size_t at, size_t n, size_t d,
+                               float divisor, float *out) {
+    size_t i, c, j;
+
+    for (i = 0; i < n; i++) {
+        const float *key = k[i] + at;
+        float lane[LANES] = {0};
+
+        for (c = 0; c + LANES <= d; c += LANES)
+            for (j = 0; j < LANES; j++)
+                lane[j] += q[c + j] * key[c + j];
+        for (j = 0; c < d; c++, j++)
+            lane[j] += q[c] * key[c];
+        for (c = LANES / 2; c > 0; c /= 2)
+            for (j = 0; j < c; j++)
+                lane[j] += lane[j + c];
+        out[i] = lane[0] / divisor;
+    }
+}
+
+/* z [d] = sum over n sources of pattern[i] v[i], for one head. */
+ALWAYS_INLINE void mix_body(const float *pattern, const float *const *v, size_t at, size_t n, size_t d,
+                            float *z) {
+    size_t i, c, j;
+
+    for (c = 0; c + LANES <= d; c += LANES) {
+        float sum[LANES] = {0};
+
+        for (i = 0; i < n; i++)
+            for (j = 0; j < LANES; j++)
+                sum[j] += pattern[i] * v[i][at + c + j];
+        for (j = 0; j < LANES; j++)
+            z[c + j] = sum[j];
+    }
+    for (; c < d; c++) {
+        float sum = 0;
+
+        for (i = 0; i < n; i++)
+            sum += pattern[i] * v[i][at + c];
+        z[c] = sum;
+    }
+}
+
+/* Elements of row i of a panel's 16 columns, zeros where there are none. */
+ALWAYS_INLINE void panel_row(const PanelSource *s, size_t i, float *out) {
+    size_t j;
+
+    for (j = 0; j < PANEL; j++)
+        out[j] = 0;
+    if (s->transposed)
+        for (j = 0; j < s->columns; j++)
+            load_floats(s->type, s->bytes, (s->column + j) * s->stride + i, 1, &out[j]);
+    else if (s->dense != NULL)
+        memcpy(out, s->dense + i * s->stride + s->column, s->columns * sizeof *out);
+    else if (s->columns == PANEL)
+        load_floats(s->type, s->bytes, i * s->stride + s->column, PANEL, out);
+    else
+        load_floats(s->type, s->bytes, i * s->stride + s->column, s->columns, out);
+}
+
+/* Make one processed panel [k][16] and add the bias that the processing yields to bias [16]. Done in
+   double and rounded once, so that folding costs less accuracy than TransformerLens's in float32. */
+ALWAYS_INLINE void pack_body(const PanelSource *s, float *panel, double *bias) {
+    double mean[PANEL] = {0}, sum[PANEL] = {0};
+    size_t i, j;
+
+    for (i = 0; i < s->k; i++)
+        panel_row(s, i, panel + i * PANEL);
+    if (s->shift != NULL || s->scale != NULL)
+        for (i = 0; i < s->k; i++) {
+            const float *row = panel + i * PANEL;
+            const double center = s->center ? s->center[i] : 0.0, shift = s->shift ? s->shift[i] : 0.0;
+            const double scale = s->scale ? (double)s->scale[i] : 0.0;
+
+            for (j = 0; j < PANEL; j++) {
+                const double w = (double)row[j] - center;
+
+                sum[j] += shift * w; /* the unscaled W: a LayerNorm's bias is added after its weight */
+                mean[j] += scale * w;
+            }
+        }
+    for (j = 0; j < PANEL; j++) {
+        bias[j] += sum[j];
+        mean[j] /= (double)s->k;
+    }
+    if (s->center == NULL && s->scale == NULL && s->center_after == NULL)
+        return;
+    for (i = 0; i < s->k; i++) {
+        float *row = panel + i * PANEL;
+        const double center = s->center ? s->center[i] : 0.0;
+        const double scale = s->scale ? (double)s->scale[i] : 1.0;
+        const double after = s->center_after ? s->center_after[i] : 0.0;
+
+        for (j = 0; j < PANEL; j++)
+            row[j] = (float)(((double)row[j] - center) * scale - mean[j] - after);
+        for (j = s->columns; j < PANEL; j++)
+            row[j] = 0;
+    }
+}
+
+/* The algorithmic reference of every tile kernel: rows * cols sums, each for itself. */
+ALWAYS_INLINE void plain_body(size_t k, const float *const *a, const float *b, size_t panel, float *y,
+                              size_t rows, size_t cols) {
+    size_t i, j, from, kk;
+
+    for (i = 0; i < rows; i++)
+        for (j = 0; j < cols; j++) {
+            const float *column = b + j / PANEL * panel + j % PANEL;
+            float total = 0;
+
+            for (from = 0; from < k; from += K_BLOCK) {
+                float sum = 0;
+
+                for (kk = from; kk < k && kk < from + K_BLOCK; kk++)
+                    sum += a[i][kk] * column[kk * PANEL];
+                total += sum;
+            }
+            y[i * cols + j] = total;
+        }
+}
+
+/* The tuned kernel: the same sums, ROWS x (VECTORS * lanes of Vec) at once, all in registers. Per step
+   of k it loads VECTORS vectors of b and ROWS numbers of a for ROWS * VECTORS multiply-adds. Vec must
+   be as wide as the hardware's vectors: gcc 12 splits wider ones so badly that the kernel is 20 times
+   slower. */
+#define TILE_KERNEL(name, target, Vec, ROWS, VECTORS)                                              \
+    target static void name(size_t k, const float *const *a, const float *b, size_t panel,         \
+                            float *y) {                                                            \
+        enum { LANE = sizeof(Vec) / sizeof(float) };                                               \
+        Vec total[ROWS][VECTORS] = {{{0}}};                                                        \
+        size_t from, kk;                                                                           \
+        int i, j;                                                                                  \
+                                                                                                   \
+        for (from = 0; from < k; from += K_BLOCK) {                                                \
+            const size_t end = k - from < K_BLOCK ? k : from + K_BLOCK;                            \
+            Vec sum[ROWS][VECTORS] = {{{0}}};                                                      \
+                                                                                                   \
+            for (kk = from; kk < end; kk++) {                                                      \
+                Vec row[VECTORS];                                                                  \
+                                                                                                   \
+                UNROLL for (j = 0; j < VECTORS; j++)                                               \
+                    row[j] = *(const Vec *)(b + (size_t)(j * LANE / PANEL) * panel +               \
+                                            kk * PANEL + j * LANE % PANEL);                        \
+                UNROLL for (i = 0; i < ROWS; i++)                                                  \
+                    UNROLL for (j = 0; j < VECTORS; j++)                                           \
+                        sum[i][j] += a[i][kk] * row[j];                                            \
+            }                                                                                      \
+            UNROLL for (i = 0; i < ROWS; i++)                                                      \
+                UNROLL for (j = 0; j < VECTORS; j++)                                               \
+                    total[i][j] += sum[i][j];                                                      \
+        }                                                                                          \
+        for (i = 0; i < ROWS; i++)                                                                 \
+            for (j = 0; j < VECTORS; j++)                                                          \
+                *(Vec *)(y + (i * VECTORS + j) * LANE) = total[i][j];                              \
+    }
+
+/* The functions of a tier: the bodies above, compiled for its instructions. */
+#define TIER(tier, target, ROWS, COLS)                                                             \
+    target static void plain_##tier(size_t k, const float *const *a, const float *b, size_t panel, \
+                                    float *y) {                                                    \
+        plain_body(k, a, b, panel, y, ROWS, COLS);                                                 \
+    }                                                                                              \
+    target static void pack_##tier(const PanelSource *s, float *panel, double *bias) {             \
+        pack_body(s, panel, bias);                                                                 \
+    }                                                                                              \
+    target static void activate_##tier(uint32_t act_fn, float *x, size_t n) {                      \
+        activate_body(act_fn, x, n);                                                               \
+    }                                                                                              \
+    target static void exponentials_##tier(float *x, size_t n, float subtract) {                   \
+        exponentials_body(x, n, subtract);                                                         \
+    }                                                                                              \
+    target static double mean_##tier(const float *x, size_t n) {                                   \
+        return mean_body(x, n);                                                                    \
+    }                                                                                              \
+    target static void norm_scale_##tier(const float *x, size_t n, double eps, float *scale) {     \
+        norm_scale_body(x, n, eps, scale);                                                         \
+    }                                                                                              \
+    target static void normalize_##tier(const float *x, size_t n, float scale, const float *w,     \
+                                        const float *b, float *y) {                                \
+        normalize_body(x, n, scale, w, b, y);                                                      \
+    }                                                                                              \
+    target static void scores_##tier(const float *q, const float *const *k, size_t at, size_t n,   \
+                                     size_t d, float divisor, float *out) {                        \
+        scores_body(q, k, at, n, d, divisor, out);                                                 \
+    }                                                                                              \
+    target static void mix_##tier(const float *pattern, const float *const *v, size_t at,          \
+                                  size_t n, size_t d, float *z) {                                  \
+        mix_body(pattern, v, at, n, d, z);                                                         \
+    }                                                                                              \
+    static const Kernels kernels_##tier = {                                                        \
+        #tier, ROWS, COLS, tile_##tier, plain_##tier, pack_##tier, activate_##tier,                \
+        exponentials_##tier, mean_##tier, norm_scale_##tier, normalize_##tier, scores_##tier, mix_##tier};
+
+#if defined(__GNUC__) && !defined(__TINYC__) && !defined(PATCH_PLAIN)
+#define PATCH_VECTOR 1
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+typedef float Vec4 __attribute__((vector_size(16), aligned(4), may_alias));
+#if defined(__x86_64__)
+#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512vl,avx512dq,avx2,fma")))
+typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Vec16 __attribute__((vector_size(64), aligned(4), may_alias));
+TILE_KERNEL(tile_avx512, AVX512, Vec16, 8, 3)
+TIER(avx512, AVX512, 8, 48)
+TILE_KERNEL(tile_avx2, AVX2, Vec8, 6, 2)
+TIER(avx2, AVX2, 6, 16)
+#endif
+TILE_KERNEL(tile_vector, , Vec4, 6, 2)
+TIER(vector, , 6, 8)
+#else
+static void tile_plain(size_t k, const float *const *a, const float *b, size_t panel, float *y) {
+    plain_body(k, a, b, panel, y, 4, PANEL);
+}
+TIER(plain, , 4, 16)
+#endif
+
+/* The best tier that this processor has; ACTPATCH_KERNELS=avx2, vector in the environment asks for a
+   lesser one (for tests: each tier must be tried on one machine). */
+static const Kernels *choose_kernels(void) {
+#if defined(PATCH_VECTOR) && defined(__x86_64__)
+    const char *wish = getenv("ACTPATCH_KERNELS");
+    const int any = wish == NULL || *wish == 0;
+
+    __builtin_cpu_init();
+    if ((any || strcmp(wish, "avx512") == 0) && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return &kernels_avx512;
+    if ((any || strcmp(wish, "avx2") == 0) && __builtin_cpu_supports("avx2") &&
+        __builtin_cpu_supports("fma"))
+        return &kernels_avx2;
+#endif
+#ifdef PATCH_VECTOR
+    return &kernels_vector;
+#else
+    return &kernels_plain;
+#endif
+}
+
+/* ==== 6. Weight processing =======================================================================
+   What HookedTransformer.from_pretrained does to the weights, in its order. Each step leaves the
+   logits' differences as they were, and with them log-probabilities and ranks:
+
+   1 fold_ln   LN(x) W + b with LN(x) = n w + c, n = (x - mean) / scale, is n (w W) + (c W + b):
+               W_Q, W_K, W_V (ln1), W_in (ln2), W_U (ln_f) take the LayerNorm's weight and bias over.
+               n sums to 0 over d_model, so each column may lose its mean.
+   2 center_writing_weights   Every LayerNorm that reads the residual stream subtracts its mean, so
+               what is written needs none: W_E, W_pos, W_O, b_O, W_out, b_out lose theirs.
+   3 center_unembed   A constant on all logits of a position changes no softmax: W_U and b_U lose
+               their mean over the vocabulary.
+   4 fold_value_biases   A pattern's row sums to 1, so that b_V reaches z unchanged, whatever the
+               attention does: b_O += sum_h b_V[h] W_O[h], b_V = 0.
+   5 refactor_factored_attn_matrices   Only W_Q W_K^T and W_V W_O matter; see factor_product.
+
+   Nothing is processed ahead of time but step 5: a pass makes each panel of 48 columns from the stored
+   matrix when it needs it, and its pages go back to the system. That costs about a tenth of the
+   smallest sweep and saves a second copy of all the weights.
+   What bites: matrices are [in,out] (Conv1D), c_attn holds Q, K and V side by side; the LayerNorm's
+   bias meets the unscaled W; the value biases meet the centered W_O. */
+
+struct patch_model {
+    ModelFile file;
+    patch_dims dims;
+    patch_options options;
+    patch_allocator allocator;
+    Tokenizer tokenizer;
+    int has_tokenizer;
+    uint32_t steps; /* DID_... bits: the processing that a pass has to do, or that the file has had */
+    const Kernels *kernels;
+    TileKernel tile; /* the tier's tuned kernel, or its plain one */
+    int threads;
+    size_t max_k;    /* the longest column of any matrix */
+    float *factored; /* step 5: [L] of W_Q, W_K, W_V, W_O [C,C] and b_Q, b_K, b_V, b_O [C]; or NULL */
+};
+
+typedef struct patch_model Model;
+
+enum { LINEAR_Q, LINEAR_K, LINEAR_V, LINEAR_O, LINEAR_IN, LINEAR_OUT, LINEARS };
+
+/* y [rows,n] = x [rows,k] . W + b, and how W and b come from what is stored. */
+typedef struct Linear {
+    size_t k, n;
+    const Tensor *matrix, *bias; /* bias NULL: none stored */
+    size_t column;               /* where the n columns begin, in both */
+    size_t first_row, rows;      /* which rows of the matrix count (transposed: they are the columns),
+                                    and how many it has */
+    int transposed;
+    const float *dense, *dense_bias;   /* instead of matrix and bias: step 5's results */
+    const Tensor *norm_w, *norm_b;     /* fold_ln */
+    int center;                        /* center_writing_weights */
+    const double *shift;               /* fold_value_biases: b_V [k], else NULL */
+    int takes_value_bias;              /* W_O then: shift is wanted */
+    int drop_bias;                     /* fold_value_biases: W_V's bias is found, but not added */
+    int keep;                          /* the matrix's pages are needed again at once */
+    const double *center_after;        /* center_unembed: mean column [k], else NULL */
+    double bias_after;                 /* and mean bias, to be subtracted */
+} Linear;
+
+/* What a call computes with: the model, the call's memory, and scratch, so that nothing is allocated
+   inside a pass. */
+typedef struct Work {
+    const Model *m;
+    Pool *pool;
+    patch_stats *stats; /* NULL: not wanted */
+    float *panels;      /* [threads, 3, max_k, 16] */
+    float *scale;       /* [2, max_k], and of shift and center [max_k]: of one Linear at a time */
+    double *shift, *center, *bias; /* bias: [the most columns of a Linear] */
+} Work;
+
+enum { VOCAB_CHUNK = 85 * STEP }; /* columns of W_U at a time */
+
+static size_t most_columns(const ModelFile *f) {
+    const size_t most = f->M > f->C ? f->M : f->C, chunk = f->V < VOCAB_CHUNK ? f->V : VOCAB_CHUNK;
+
+    return most > chunk ? most : chunk;
+}
+
+static patch_status work_begin(Work *w, const Model *m, Pool *pool, patch_stats *stats,
+                               patch_error *e) {
+    w->m = m;
+    w->pool = pool;
+    w->stats = stats;
+    w->panels = pool_take(pool, (size_t)m->threads * m->max_k * STEP, sizeof(float));
+    w->scale = pool_take(pool, 2 * m->max_k, sizeof(float));
+    w->shift = pool_take(pool, m->max_k, sizeof(double));
+    w->center = pool_take(pool, m->max_k, sizeof(double));
+    w->bias = pool_take(pool, most_columns(&m->file), sizeof(double));
+    if (w->panels && w->scale && w->shift && w->center && w->bias)
+        return PATCH_OK;
+    return no_memory(e, "scratch", pool->refused);
+}
+
+/* Threads for a piece of work of so many multiply-adds: few are not worth waking others for. */
+static int team(const Model *m, double work) {
+    return work < 2e5 ? 1 : m->threads;
+}
+
+static patch_status unreadable(const Model *m, patch_error *e) {
+    return fail(e, PATCH_E_IO, m->file.path ? m->file.path : "model",
+                "weights cannot be read, or there is no memory for them; check the file");
+}
+
+/* The Linear of one matrix of one layer, as this model's processing has it. */
+static Linear layer_linear(const Model *m, size_t layer, int which) {
+    static const int folded[] = {FOLD_Q, FOLD_K, FOLD_V, FOLD_O, FOLD_IN, FOLD_OUT};
+    static const int raw[] = {RAW_QKV, RAW_QKV, RAW_QKV, RAW_O, RAW_IN, RAW_OUT};
+    const ModelFile *f = &m->file;
+    const int reads_norm = which != LINEAR_O && which != LINEAR_OUT;
+    Linear l;
+
+    memset(&l, 0, sizeof l);
+    l.k = l.rows = which == LINEAR_OUT ? f->M : f->C;
+    l.n = which == LINEAR_IN ? f->M : f->C;
+    if (f->processing & DID_FOLD) {
+        l.matrix = layer_tensor(f, layer, (size_t)folded[which]);
+        l.bias = layer_tensor(f, layer, (size_t)folded[which] + 1);
+        return l;
+    }
+    if (m->factored != NULL && which <= LINEAR_O) {
+        const float *p = m->factored + layer * 4 * (f->C * f->C + f->C);
+
+        l.dense = p + (size_t)which * f->C * f->C;
+        l.dense_bias = p + 4 * f->C * f->C + (size_t)which * f->C;
+        return l;
+    }
+    l.matrix = layer_tensor(f, layer, (size_t)raw[which]);
+    l.bias = layer_tensor(f, layer, (size_t)raw[which] + 1);
+    l.column = which <= LINEAR_V ? (size_t)which * f->C : 0;
+    if (reads_norm && (m->steps & DID_FOLD_LN)) {
+        l.norm_w = layer_tensor(f, layer, which == LINEAR_IN ? RAW_LN2_W : RAW_LN1_W);
+        l.norm_b = l.norm_w + 1;
+    }
+    l.center = !reads_norm && (m->steps & DID_CENTER_WRITING);
+    l.takes_value_bias = which == LINEAR_O && (m->steps & DID_FOLD_VALUES);
+    l.drop_bias = which == LINEAR_V && (m->steps & DID_FOLD_VALUES);
+    l.keep = which == LINEAR_Q || which == LINEAR_K;
+    return l;
+}
+
+/* Add `n` elements of a stored vector from `column` on to out; 0 where they cannot be read. */
+static int add_vector(const Work *w, const Tensor *t, size_t column, size_t n, double *out) {
+    const ModelFile *f = &w->m->file;
+    const unsigned char *p = weights(f, t, 0, t->rows, w->pool->a);
+    size_t i;
+
+    if (p == NULL)
+        return 0;
+    for (i = 0; i < n; i++) {
+        float value;
+
+        load_floats(t->type, p, column + i, 1, &value);
+        out[i] += (double)value;
+    }
+    weights_done(f, t, t->rows, p, w->pool->a);
+    return 1;
+}
+
+/* Means of the stored matrix's rows, for center_writing_weights. */
+static void row_means(const Work *w, const Linear *l, const unsigned char *bytes, double *mean) {
+    OMP(parallel for num_threads(team(w->m, (double)(l->k * l->n))) schedule(static))
+    for (long i = 0; i < (long)l->k; i++) {
+        float *row = w->panels + (size_t)thread_number() * w->m->max_k * STEP;
+
+        load_floats(l->matrix->type, bytes, (size_t)i * l->n, l->n, row);
+        mean[i] = w->m->kernels->mean(row, l->n);
+    }
+}
+
+/* Fill the scratch with what the panels of this Linear are made from and w->bias with its bias as far
+   as it is stored, and describe panel 0 in *s. Returns 0 where something cannot be read. */
+static int linear_begin(const Work *w, const Linear *l, const unsigned char *bytes, PanelSource *s) {
+    size_t i;
+    double mean = 0;
+
+    memset(s, 0, sizeof *s);
+    memset(w->bias, 0, l->n * sizeof *w->bias);
+    s->bytes = bytes;
+    s->dense = l->dense ? l->dense + l->first_row * l->n : NULL;
+    s->k = l->k;
+    s->transposed = l->transposed;
+    s->type = l->matrix ? l->matrix->type : TYPE_F32;
+    s->stride = l->matrix ? l->matrix->cols : l->n;
+    s->shift = l->shift;
+    s->center_after = l->center_after;
+    if (l->dense_bias != NULL)
+        for (i = 0; i < l->n; i++)
+            w->bias[i] = (double)l->dense_bias[i];
+    if (l->bias != NULL && !add_vector(w, l->bias, l->column, l->n, w->bias))
+        return 0;
+    if (l->norm_w != NULL) {
+        if (!weights_row(&w->m->file, l->norm_w, 0, w->scale, w->pool->a))
+            return 0;
+        memset(w->shift, 0, l->k * sizeof *w->shift);
+        if (!add_vector(w, l->norm_b, 0, l->k, w->shift))
+            return 0;
+        s->scale = w->scale;
+        s->shift = w->shift;
+    }
+    if (l->center) {
+        row_means(w, l, bytes, w->center);
+        s->center = w->center;
+        for (i = 0; i < l->n; i++)
+            mean += w->bias[i];
+        mean /= (double)l->n;
+    }
+    for (i = 0; i < l->n; i++)
+        w->bias[i] -= mean + l->bias_after;
+    return 1;
+}
+
+/* Panel number `panel` of the Linear in [k][16] floats, and its share of the bias. Panels that do not
+   exist are zero. */
+static void linear_panel(const Work *w, const Linear *l, const PanelSource *s, size_t panel, float *out) {
+    PanelSource mine = *s;
+    double bias[PANEL] = {0};
+    size_t j;
+
+    if (panel * PANEL >= l->n) {
+        memset(out, 0, l->k * PANEL * sizeof *out);
+        return;
+    }
+    mine.column = l->column + panel * PANEL;
+    mine.columns = l->n - panel * PANEL < PANEL ? l->n - panel * PANEL : PANEL;
+    if (s->type == TYPE_PANELS) {
+        load_floats(TYPE_F32, s->bytes, (panel * l->rows + l->first_row) * PANEL, l->k * PANEL, out);
+        return;
+    }
+    w->m->kernels->pack(&mine, out, bias);
+    for (j = 0; j < mine.columns; j++)
+        w->bias[panel * PANEL + j] += bias[j];
+}
+
+/* The rows of a product: row i of x is x + index[i] * ldx (index NULL: i), row i of y is y + i * ldy. */
+typedef struct Rows {
+    const float *x;
+    size_t ldx;
+    const int *index;
+    size_t n;
+    float *y;
+    size_t ldy;
+} Rows;
+
+/* Columns first .. first + cols - 1 (at most 48) of all rows; b: their panels, `panel` floats apart. */
+static void linear_columns(const Work *w, const Linear *l, const Rows *r, size_t first, size_t cols,
+                           const float *b, size_t panel) {
+    const size_t high = w->m->kernels->rows, wide = w->m->kernels->cols;
+    float bias[STEP], tile[MAX_TILE_ROWS * STEP];
+    const float *a[MAX_TILE_ROWS];
+    size_t sub, top, i, j;
+
+    for (j = 0; j < cols; j++)
+        bias[j] = l->drop_bias ? 0.0f : (float)w->bias[first + j];
+    for (sub = 0; sub < cols; sub += wide) {
+        const float *from = b + sub / PANEL * panel + sub % PANEL;
+        const size_t n = cols - sub < wide ? cols - sub : wide;
+
+        for (top = 0; top < r->n; top += high) {
+            const size_t rows = r->n - top < high ? r->n - top : high;
+
+            for (i = 0; i < high; i++) { /* rows that do not exist repeat the last one */
+                const size_t row = top + (i < rows ? i : rows - 1);
+
+                a[i] = r->x + (r->index ? (size_t)r->index[row] : row) * r->ldx;
+            }
+            w->m->tile(l->k, a, from, panel, tile);
+            for (i = 0; i < rows; i++)
+                for (j = 0; j < n; j++)
+                    r->y[(top + i) * r->ldy + first + sub + j] = tile[i * wide + j] + bias[sub + j];
+        }
+    }
+}
+
+/* y = x . W + b: the seam behind which all matrix products are. Tasks are groups of 48 columns; each
+   makes its panels and takes all rows through them, so the numbers do not depend on the threads. With
+   `keep` not NULL the panels, [ceil(n/16)][k][16], are stored there instead: for `fold` and step 5.
+   Afterwards w->bias holds the whole bias in double. */
+static patch_status linear(const Work *w, const Linear *l, const Rows *r, float *keep,
+                           patch_error *e) {
+    const Model *m = w->m;
+    const Tensor *t = l->matrix;
+    const int whole = t != NULL && t->type == TYPE_PANELS; /* rows do not lie together there */
+    const size_t n_rows = t == NULL ? 0 : whole ? t->rows : l->transposed ? l->n : l->k;
+    const unsigned char *bytes =
+        t ? weights(&m->file, t, whole ? 0 : l->first_row, n_rows, w->pool->a) : NULL;
+    const long groups = (long)((l->n + STEP - 1) / STEP);
+    const double work = (double)(r ? r->n + 8 : 8) * (double)l->k * (double)l->n;
+    const int ok = t == NULL || bytes != NULL;
+    PanelSource s;
+
+    if (!ok || !linear_begin(w, l, bytes, &s)) {
+        if (t != NULL)
+            weights_done(&m->file, t, n_rows, bytes, w->pool->a);
+        return unreadable(m, e);
+    }
+    OMP(parallel for num_threads(team(m, work)) schedule(dynamic))
+    for (long g = 0; g < groups; g++) {
+        const size_t at = (size_t)g * STEP, cols = l->n - at < STEP ? l->n - at : STEP;
+        const size_t n_panels = keep ? (cols + PANEL - 1) / PANEL : STEP / PANEL;
+        float *scratch = keep ? keep + at * l->k
+                              : w->panels + (size_t)thread_number() * m->max_k * STEP;
+        const float *b = scratch;
+        size_t p;
+
+        if (whole && !keep && !big_endian() && cols % m->kernels->cols == 0)
+            b = (const float *)(const void *)bytes + at * l->rows + l->first_row * PANEL;
+        else
+            for (p = 0; p < n_panels; p++)
+                linear_panel(w, l, &s, at / PANEL + p, scratch + p * l->k * PANEL);
+        if (!keep && r->n > 0)
+            linear_columns(w, l, r, at, cols, b, (b == scratch ? l->k : l->rows) * PANEL);
+    }
+    if (t != NULL && !(l->keep && m->file.map.bytes != NULL))
+        weights_done(&m->file, t, n_rows, bytes, w->pool->a);
+    if (w->stats != NULL && !keep) {
+        w->stats->flops += 2.0 * (double)r->n * (double)l->k * (double)l->n;
+        w->stats->weight_bytes_read += (double)l->k * (double)l->n * (t && t->type == TYPE_F16 ? 2 : 4);
+    }
+    return PATCH_OK;
+}
+
+/* ---- the linear algebra of step 5 ----
+   Scores depend on W_Q and W_K, and what a head writes on W_V and W_O, through a product A . B^T
+   alone, where A and B are [rows,d]; A M and B M^-T, for any invertible M, are other factors of it.
+   The singular value decomposition A . B^T = U S V^T (orthonormal columns in U and V; S diagonal,
+   not negative, descending) picks a pair that does not depend on how the head was stored, but for
+   signs: U sqrt(S) and V sqrt(S), or U S and V. The product, all that the model sees, is unchanged.
+
+   The product is [rows,rows] but of rank d at most, so it is never formed:
+      A = Q_a R_a,  B = Q_b R_b      thin QR by Householder reflections: Q orthonormal, R [d,d]
+      G = R_a R_b^T                  so that A . B^T = Q_a G Q_b^T, with the same singular values
+      G J = [u_1 s_1, u_2 s_2, ...]  J: plane rotations until the columns are orthogonal (Jacobi)
+      U S = Q_a (G J),  V = Q_b J
+   See Golub & Van Loan, Matrix Computations, on Householder QR and on Jacobi's SVD. Reflections,
+   since Gram-Schmidt loses orthogonality where columns are nearly dependent. One-sided Jacobi
+   (Hestenes 1958), since it is short and makes even the vectors of tiny singular values orthogonal.
+   Nothing is scaled against overflow: elements were floats, whose fourth powers a double holds. */
+
+/* Four sums side by side; a single one would wait for each addition before it starts the next. */
+static double dot(const double *x, const double *y, size_t n) {
+    double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+    size_t i;
+
+    for (i = 0; i + 4 <= n; i += 4) {
+        s0 += x[i] * y[i];
+        s1 += x[i + 1] * y[i + 1];
+        s2 += x[i + 2] * y[i + 2];
+        s3 += x[i + 3] * y[i + 3];
+    }
+    for (; i < n; i++)
+        s0 += x[i] * y[i];
+    return (s0 + s1) + (s2 + s3);
+}
+
+/* y += c x */
+static void add_scaled(double *restrict y, double c, const double *restrict x, size_t n) {
+    size_t i;
+
+    for (i = 0; i < n; i++)
+        y[i] += c * x[i];
+}
+
+/* Apply the reflection I - tau v v^T to columns j+1 .. cols-1 of a [rows,d]. v is 0 above row j, 1
+   in row j, and below it lies in a itself, in column j. w: scratch [d], for v^T a. */
+static void reflect(double *a, size_t rows, size_t d, size_t j, size_t cols, double tau,
+                    double *w) {
+    const size_t n = cols - j - 1;
+    double *top = a + j * d + j + 1; /* of the part that changes; one to the left of it is v */
+    size_t i;
+
+    memcpy(w, top, n * sizeof *w);
+    for (i = 1; i < rows - j; i++)
+        add_scaled(w, top[i * d - 1], top + i * d, n);
+    add_scaled(top, -tau, w, n);
+    for (i = 1; i < rows - j; i++)
+        add_scaled(top + i * d, -tau * top[i * d - 1], w, n);
+}
+
+/* a [rows,d] = Q R in place: R on and above the diagonal, below it the v of the reflections whose
+   product is Q. Reflection j turns column j, from row j down, into (r, 0, ..., 0), where r has the
+   sign opposite to the head's, so that nothing cancels in head - r. */
+static void qr(double *a, size_t rows, size_t d, double *tau, double *w) {
+    size_t i, j;
+
+    for (j = 0; j < rows && j < d; j++) {
+        const double head = a[j * d + j];
+        double tail = 0, r;
+
+        for (i = j + 1; i < rows; i++)
+            tail += a[i * d + j] * a[i * d + j];
+        tau[j] = 0;
+        if (tail < DBL_MIN / DBL_EPSILON) /* the last row, or zeros, or (in equal columns) */
+            continue;                     /* rounding errors of rounding errors, below any float */
+        r = head > 0 ? -sqrt(head * head + tail) : sqrt(head * head + tail);
+        tau[j] = (r - head) / r;
+        for (i = j + 1; i < rows; i++)
+            a[i * d + j] /= head - r;
+        a[j * d + j] = r;
+        reflect(a, rows, d, j, d, tau[j], w);
+    }
+}
+
+/* Turn what qr left into Q [rows,k], k = min(rows,d), in the first k columns of a. Column j of Q is
+   reflections j, j-1, ..., 0 of unit vector j: each in its turn, from the last one on, makes its
+   own column in the place of its v and changes those to the right. */
+static void form_q(double *a, size_t rows, size_t d, const double *tau, double *w) {
+    const size_t k = rows < d ? rows : d;
+    size_t i, j;
+
+    for (j = k; j-- > 0;) {
+        reflect(a, rows, d, j, k, tau[j], w);
+        for (i = 0; i < j; i++)
+            a[i * d + j] = 0;
+        a[j * d + j] = 1 - tau[j];
+        for (i = j + 1; i < rows; i++)
+            a[i * d + j] *= -tau[j];
+    }
+}
+
+/* x, y = c x + s y, c y - s x. Written with c = 1 - s h, so that a small rotation makes a small
+   rounding error: with c itself, lengths drift by 1e-14 over all the rotations; so, by 2e-15. */
+static void rotate(double *restrict x, double *restrict y, double s, double h, size_t n) {
+    size_t i;
+
+    for (i = 0; i < n; i++) {
+        const double xi = x[i], yi = y[i];
+
+        x[i] = xi + s * (yi - h * xi);
+        y[i] = yi - s * (xi + h * yi);
+    }
+}
+
+/* One step of Jacobi's method: x and y are two columns of G (`rows` elements), each followed by its
+   column of J, `width` in all. Put the longer one first, then rotate so that x . y = 0 in G. The
+   value is 0 if there was nothing to do. A squared length up to `noise` is rounding error and left
+   alone: where columns outnumber dimensions, such ones could never all be orthogonal. */
+static int settle(double *x, double *y, size_t rows, size_t width, double noise) {
+    const double tolerance = DBL_EPSILON * sqrt((double)rows); /* a dot product's own error */
+    double xx = dot(x, x, rows), yy = dot(y, y, rows), xy = dot(x, y, rows), half, t, c;
+    const int exchange = xx < yy;
+    size_t i;
+
+    if (exchange) {
+        for (i = 0; i < width; i++)
+            t = x[i], x[i] = y[i], y[i] = t;
+        t = xx, xx = yy, yy = t;
+    }
+    if (yy <= noise || !(fabs(xy) > tolerance * sqrt(xx) * sqrt(yy)))
+        return exchange;
+    half = (xx - yy) / 2;              /* tan(2 angle) = xy / half */
+    t = xy / (half + hypot(half, xy)); /* tan(angle), at most 1 */
+    c = 1 / sqrt(1 + t * t);
+    rotate(x, y, c * t, c * t / (1 + c), width);
+    return 1;
+}
+
+/* a [rows,d] = its first k columns . M [k,n], then zeros. m: the columns of M, `width` apart. */
+static void times(double *a, size_t rows, size_t d, const double *m, size_t width, size_t k,
+                  size_t n, double *row) {
+    size_t i, j;
+
+    for (i = 0; i < rows; i++) {
+        memcpy(row, a + i * d, k * sizeof *row);
+        for (j = 0; j < d; j++)
+            a[i * d + j] = j < n ? dot(row, m + j * width, k) : 0;
+    }
+}
+
+/* gj [k_b, k_a + k_b]: row j is column j of G, from the R that qr left in a and b, then column j of
+   J, as yet the identity. Returns the sum of G's squares. */
+static double form_g(const double *a, size_t k_a, const double *b, size_t k_b, size_t d,
+                     double *gj) {
+    double sum = 0;
+    size_t i, j;
+
+    for (j = 0; j < k_b; j++, gj += k_a + k_b) {
+        for (i = 0; i < k_a; i++) {
+            const size_t from = i > j ? i : j; /* R is zero to the left of its diagonal */
+
+            gj[i] = dot(a + i * d + from, b + j * d + from, d - from);
+        }
+        for (i = 0; i < k_b; i++)
+            gj[k_a + i] = i == j;
+        sum += dot(gj, gj, k_a);
+    }
+    return sum;
+}
+
+/* The doubles of scratch that factor_product needs. */
+static size_t factor_work(size_t rows_a, size_t rows_b, size_t d) {
+    const size_t k_a = rows_a < d ? rows_a : d, k_b = rows_b < d ? rows_b : d;
+
+    return 3 * d + k_b * (k_a + k_b);
+}
+
+/* Replace the factors of A . B^T = U S V^T, a [rows_a,d] and b [rows_b,d], by U sqrt(S), V sqrt(S)
+   (balance: W_Q and W_K are equals) or by U S, V (W_V and W_O: z gets the length of what the head
+   writes). The product is unchanged. Columns from min(rows_a, rows_b, d) on become zero, and those
+   of singular values 0 too, except V's, which stay orthonormal. work: factor_work() doubles. */
+static void factor_product(double *a, size_t rows_a, double *b, size_t rows_b, size_t d,
+                           int balance, double *work) {
+    const size_t k_a = rows_a < d ? rows_a : d, k_b = rows_b < d ? rows_b : d, width = k_a + k_b;
+    const size_t n = k_a < k_b ? k_a : k_b;
+    double *tau_a = work, *tau_b = tau_a + d, *row = tau_b + d, *gj = row + d;
+    double noise;
+    int sweep, again = 1;
+    size_t i, p, q;
+
+    qr(a, rows_a, d, tau_a, row);
+    qr(b, rows_b, d, tau_b, row);
+    noise = DBL_EPSILON * DBL_EPSILON * form_g(a, k_a, b, k_b, d, gj);
+    for (sweep = 0; again && sweep < 60; sweep++) /* 9 or 10 for d = 64, 16 seen */
+        for (again = 0, p = 0; p < k_b; p++)
+            for (q = p + 1; q < k_b; q++)
+                again |= settle(gj + p * width, gj + q * width, k_a, width, noise);
+    for (p = 0; p < n; p++) {
+        double *column = gj + p * width;
+        const double ss = dot(column, column, k_a), s = ss <= noise ? 0 : sqrt(ss);
+        const double left = s == 0 ? 0 : balance ? 1 / sqrt(s) : 1, right = balance ? sqrt(s) : 1;
+
+        for (i = 0; i < width; i++)
+            column[i] *= i < k_a ? left : right;
+    }
+    form_q(a, rows_a, d, tau_a, row);
+    form_q(b, rows_b, d, tau_b, row);
+    times(a, rows_a, d, gj, width, k_a, n, row);
+    times(b, rows_b, d, gj + k_a, width, k_b, n, row);
+}
+
+/* Step 5 for one head: its columns of the dense matrices q, k, v, o (all [C,C], biases behind them) are
+   replaced. ab and work: scratch of factor_scratch() doubles. */
+static void factor_head(const Model *m, size_t head, float *q, float *o_biases, double *ab) {
+    const size_t C = m->file.C, D = m->file.D, at = head * D;
+    float *k = q + C * C, *v = k + C * C, *o = v + C * C;
+    double *a = ab, *b = a + (C + 1) * D, *work = b + (C + 1) * D;
+    size_t i, j;
+
+    for (i = 0; i <= C; i++) /* the last row is the bias: scores are [x,1] [W_Q;b_Q] [W_K;b_K]^T [y,1] */
+        for (j = 0; j < D; j++) {
+            a[i * D + j] = (double)(i < C ? q[i * C + at + j] : o_biases[at + j]);
+            b[i * D + j] = (double)(i < C ? k[i * C + at + j] : o_biases[C + at + j]);
+        }
+    factor_product(a, C + 1, b, C + 1, D, 1, work);
+    for (i = 0; i <= C; i++)
+        for (j = 0; j < D; j++) {
+            *(i < C ? &q[i * C + at + j] : &o_biases[at + j]) = (float)a[i * D + j];
+            *(i < C ? &k[i * C + at + j] : &o_biases[C + at + j]) = (float)b[i * D + j];
+        }
+    for (i = 0; i < C; i++)
+        for (j = 0; j < D; j++) {
+            a[i * D + j] = (double)v[i * C + at + j];
+            b[i * D + j] = (double)o[(at + j) * C + i];
+        }
+    factor_product(a, C, b, C, D, 0, work);
+    for (i = 0; i < C; i++)
+        for (j = 0; j < D; j++) {
+            v[i * C + at + j] = (float)a[i * D + j];
+            o[(at + j) * C + i] = (float)b[i * D + j];
+        }
+}
+
+/* Step 5 for one layer: the processed W_Q, W_K, W_V, W_O as dense matrices with their biases, b_V folded
+   into b_O whether or not step 4 is on, as TransformerLens does; then each head. out [4 C C + 4 C]. */
+static patch_status factor_layer(const Work *w, size_t layer, float *panels, double *value_bias,
+                                 double *ab, size_t n_ab, float *out, patch_error *e) {
+    const size_t C = w->m->file.C;
+    int which;
+    size_t i, j;
+
+    for (which = LINEAR_Q; which <= LINEAR_O; which++) {
+        Linear l = layer_linear(w->m, layer, which);
+        patch_status s;
+
+        l.shift = which == LINEAR_O ? value_bias : NULL;
+        if ((s = linear(w, &l, NULL, panels, e)) != PATCH_OK)
+            return s;
+        for (i = 0; i < C; i++)
+            for (j = 0; j < C; j++)
+                out[((size_t)which * C + i) * C + j] = panels[(j / PANEL * C + i) * PANEL + j % PANEL];
+        for (j = 0; j < C; j++)
+            out[4 * C * C + (size_t)which * C + j] = which == LINEAR_V ? 0.0f : (float)w->bias[j];
+        if (which == LINEAR_V)
+            memcpy(value_bias, w->bias, C * sizeof *value_bias);
+    }
+    OMP(parallel for num_threads(w->m->threads) schedule(dynamic))
+    for (long h = 0; h < (long)w->m->file.H; h++)
+        factor_head(w->m, (size_t)h, out, out + 4 * C * C, ab + n_ab * (size_t)thread_number());
+    return PATCH_OK;
+}
+
+/* Step 5 for the whole model, once, when it is opened: 2 SVDs a head. */
+static patch_status factor_model(Model *m, patch_error *e) {
+    const size_t C = m->file.C, D = m->file.D, per_layer = 4 * C * C + 4 * C;
+    const size_t n_ab = 2 * (C + 1) * D + factor_work(C + 1, C + 1, D);
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    float *panels = pool_take(&pool, (C + PANEL - 1) / PANEL * PANEL * C, sizeof *panels);
+    double *value_bias = pool_take(&pool, C, sizeof *value_bias);
+    double *ab = pool_take(&pool, n_ab * (size_t)m->threads, sizeof *ab);
+    float *out = take(&m->allocator, m->file.L * per_layer, sizeof *out);
+    patch_status s;
+    Work w;
+    size_t layer;
+
+    if (!panels || !value_bias || !ab || !out)
+        s = no_memory(e, "refactored attention", m->file.L * per_layer * sizeof(float));
+    else
+        s = work_begin(&w, m, &pool, NULL, e);
+    for (layer = 0; s == PATCH_OK && layer < m->file.L; layer++)
+        s = factor_layer(&w, layer, panels, value_bias, ab, n_ab, out + layer * per_layer, e);
+    if (s == PATCH_OK)
+        m->factored = out;
+    else
+        give(&m->allocator, out);
+    return pool_end(&pool, s);
+}
+
+/* ---- opening ---- */
+
+patch_options patch_options_default(void) {
+    patch_options o;
+
+    memset(&o, 0, sizeof o);
+    o.fold_ln = o.center_writing_weights = o.center_unembed = o.fold_value_biases = 1;
+    return o;
+}
+
+/* A folded file has had its processing; otherwise the options say what a pass has to do. */
+static void settle_steps(Model *m) {
+    patch_options *o = &m->options;
+    const uint32_t did = m->file.processing;
+
+    if (did & DID_FOLD) {
+        o->fold_ln = (did & DID_FOLD_LN) != 0;
+        o->center_writing_weights = (did & DID_CENTER_WRITING) != 0;
+        o->center_unembed = (did & DID_CENTER_UNEMBED) != 0;
+        o->fold_value_biases = (did & DID_FOLD_VALUES) != 0;
+        o->refactor_factored_attn_matrices = (did & DID_REFACTOR) != 0;
+    }
+    m->steps = (o->fold_ln ? DID_FOLD_LN : 0u) | (o->center_writing_weights ? DID_CENTER_WRITING : 0u) |
+               (o->center_unembed ? DID_CENTER_UNEMBED : 0u) |
+               (o->fold_value_biases ? DID_FOLD_VALUES : 0u) |
+               (o->refactor_factored_attn_matrices ? DID_REFACTOR : 0u);
+}
+
+static void settle_dims(Model *m) {
+    const ModelFile *f = &m->file;
+    patch_dims *d = &m->dims;
+    size_t i;
+
+    d->n_layers = (int)f->L;
+    d->n_heads = (int)f->H;
+    d->d_model = (int)f->C;
+    d->d_head = (int)f->D;
+    d->d_mlp = (int)f->M;
+    d->n_ctx = (int)f->N;
+    d->d_vocab = (int)f->V;
+    d->act_fn = (int)f->act_fn;
+    d->bos = m->has_tokenizer && m->tokenizer.eot != NO_TOKEN ? (int)m->tokenizer.eot : -1;
+    d->eps = f->eps;
+    for (i = 0; i < f->n_tensors; i++)
+        d->parameters += (double)f->tensors[i].rows * f->tensors[i].cols;
+    d->file_bytes = (double)f->map.size;
+    d->folded = (f->processing & DID_FOLD) != 0;
+    d->dtype = f->tensors[0].type == TYPE_F16;
+    d->kernels = m->options.plain ? "plain" : m->kernels->name;
+    d->threads = m->threads;
+    m->max_k = f->M > f->C ? f->M : f->C;
+}
+
+/* Read everything but the weights of a model whose map is open. */
+static patch_status model_begin(Model *m, const char *where, patch_error *e) {
+    const unsigned char *front = NULL;
+    patch_status s = read_front(&m->file, &front, where, &m->allocator, e);
+
+    if (s == PATCH_OK && m->file.tokenizer_bytes > 0) {
+        s = tokenizer_read(&m->tokenizer, front + m->file.tokenizer_at, m->file.tokenizer_bytes,
+                           (uint32_t)m->file.V, where, &m->allocator, e);
+        m->has_tokenizer = s == PATCH_OK;
+    }
+    if (s != PATCH_OK)
+        return s;
+    settle_steps(m);
+    m->kernels = choose_kernels();
+    m->tile = m->options.plain ? m->kernels->plain : m->kernels->tile;
+    m->threads = m->options.threads > 0 ? m->options.threads : max_threads();
+    if (m->threads > thread_ceiling())
+        m->threads = thread_ceiling();
+    settle_dims(m);
+    if ((m->steps & DID_REFACTOR) && !(m->file.processing & DID_FOLD))
+        s = factor_model(m, e);
+    return s;
+}
+
+/* A model with its options and allocator, all else zero. */
+static Model *model_new(const patch_options *options) {
+    const patch_allocator standard = {default_alloc, default_free, NULL};
+    const patch_options o = options ? *options : patch_options_default();
+    const patch_allocator a = o.allocator.alloc ? o.allocator : standard;
+    Model *m = take_zeroed(&a, 1, sizeof *m);
+
+    if (m != NULL) {
+        m->options = o;
+        m->allocator = a;
+    }
+    return m;
+}
+
+void patch_model_free(patch_model *m) {
+    patch_allocator a;
+
+    if (m == NULL)
+        return;
+    a = m->allocator;
+    if (m->has_tokenizer)
+        tokenizer_free(&m->tokenizer, &a);
+    give(&a, m->factored);
+    model_file_free(&m->file, &a);
+    give(&a, m);
+}
+
+patch_status patch_model_open(const char *path, const patch_options *options, patch_model **model,
+                              patch_error *e) {
+    Model *m = model_new(options);
+    patch_status s;
+
+    *model = NULL;
+    if (m == NULL || (m->file.path = take(&m->allocator, strlen(path) + 1, 1)) == NULL) {
+        patch_model_free(m);
+        return no_memory(e, path, sizeof *m);
+    }
+    memcpy(m->file.path, path, strlen(path) + 1);
+    if (!map_open(path, &m->file.map)) {
+        s = fail(e, PATCH_E_IO, path, "cannot open the model (%s); check -m or make one with "
+                 "convert_weights.py", errno == EINVAL ? "not an ordinary file, or empty" : strerror(errno));
+    } else
+        s = model_begin(m, path, e);
+    if (s != PATCH_OK)
+        patch_model_free(m);
+    else
+        *model = m;
+    return s;
+}
+
+patch_status patch_model_from_memory(const void *bytes, size_t n, const patch_options *options,
+                                     patch_model **model, patch_error *e) {
+    Model *m;
+    patch_status s;
+
+    *model = NULL;
+    if ((uintptr_t)bytes % sizeof(float) != 0)
+        return fail(e, PATCH_E_USAGE, "memory", "the model is not aligned to 4 bytes; align it to 64");
+    if ((m = model_new(options)) == NULL)
+        return no_memory(e, "memory", sizeof *m);
+    m->file.map.bytes = bytes;
+    m->file.map.size = n;
+    s = model_begin(m, "memory", e);
+    if (s != PATCH_OK)
+        patch_model_free(m);
+    else
+        *model = m;
+    return s;
+}
+
+const patch_dims *patch_model_dims(const patch_model *m) {
+    return &m->dims;
+}
+
+const patch_options *patch_model_options(const patch_model *m) {
+    return &m->options;
+}
+
+patch_status patch_model_verify(const patch_model *m, patch_error *e) {
+    const ModelFile *f = &m->file;
+    size_t i;
+
+    for (i = 0; i < f->n_tensors; i++) {
+        const Tensor *t = &f->tensors[i];
+        const size_t row = t->bytes / t->rows;
+        uint32_t crc = 0;
+        size_t at, n;
+
+        for (at = 0; at < t->rows; at += n) { /* about a megabyte at a time */
+            const unsigned char *p;
+
+            n = (1 << 20) / row + 1;
+            n = t->rows - at < n ? t->rows - at : n;
+            if ((p = weights(f, t, at, n, &m->allocator)) == NULL)
+                return unreadable(m, e);
+            crc = crc32_of(crc, p, n * row);
+            weights_done(f, t, n, p, &m->allocator);
+        }
+        if (crc != t->crc)
+            return fail(e, PATCH_E_FORMAT, f->path ? f->path : "memory",
+                        "byte %lu: checksum of %s does not match; copy or convert the file again",
+                        (unsigned long)t->offset, expected_tensor(f, i).name);
+    }
+    return PATCH_OK;
+}
+
+/* ---- tokens: the public functions (patch.h) ------------------------------------------------- */
+
+/* The ids of the text, behind <|endoftext|>'s where one is asked for; that needs a tokenizer that
+   has one, which a checkpoint's own need not. ids may be NULL where capacity is 0. */
+patch_status patch_encode(const patch_model *model, const char *text, size_t n_bytes,
+                          int prepend_bos, int *ids, size_t capacity, size_t *n_ids,
+                          patch_error *error) {
+    const size_t first = prepend_bos ? 1 : 0; /* where the text's ids begin */
+    const size_t room = capacity > first ? capacity - first : 0;
+    patch_status s;
+
+    *n_ids = 0;
+    if (!model->has_tokenizer)
+        return fail(error, PATCH_E_INPUT, "text",
+                    "the model file has no tokenizer; give ids (clean_ids) or convert the "
+                    "checkpoint with its tokenizer");
+    if (prepend_bos && model->dims.bos < 0)
+        return fail(error, PATCH_E_INPUT, "text",
+                    "the tokenizer has no " EOT_TEXT " to put in front; use --no-bos");
+    s = tokenizer_encode(&model->tokenizer, text, n_bytes, room > 0 ? ids + first : NULL, room,
+                         n_ids, &model->allocator, error);
+    if (s != PATCH_OK && s != PATCH_E_SIZE)
+        return s;
+    /* <|endoftext|> counts too: it may be what does not fit, and belongs in SIZE's number. */
+    *n_ids += first;
+    if (prepend_bos && capacity > 0)
+        ids[0] = model->dims.bos;
+    if (*n_ids > capacity)
+        return fail(error, PATCH_E_SIZE, "text", "%lu ids, room for %lu; make room for that many",
+                    (unsigned long)*n_ids, (unsigned long)capacity);
+    return PATCH_OK;
+}
+
+/* The bytes of the ids' tokens, of which only whole tokens are copied and only while they fit. An
+   id without a token is an error: to leave it out would hide that the ids are another model's. */
+patch_status patch_decode(const patch_model *model, const int *ids, size_t n, char *text,
+                          size_t capacity, size_t *n_bytes, patch_error *error) {
+    size_t i, length, total = 0;
+
+    *n_bytes = 0;
+    for (i = 0; i < n; i++) {
+        const char *token = patch_token(model, ids[i], &length);
+
+        if (token == NULL)
+            return fail(error, PATCH_E_INPUT, "ids", "id %d has no token; %s", ids[i],
+                        model->has_tokenizer ? "give ids that patch_encode makes"
+                                             : "convert the checkpoint with its tokenizer");
+        if (total <= capacity && length <= capacity - total) /* never again once too long */
+            memcpy(text + total, token, length);
+        if (!size_plus(total, length, &total))
+            total = SIZE_MAX;
+    }
+    *n_bytes = total;
+    if (total > capacity)
+        return fail(error, PATCH_E_SIZE, "text", "%lu bytes, room for %lu; make room for that many",
+                    (unsigned long)total, (unsigned long)capacity);
+    return PATCH_OK;
+}
+
+/* Without a tokenizer the model's is zeroed, and no id has a token. */
+const char *patch_token(const patch_model *model, int id, size_t *length) {
+    return tokenizer_token(&model->tokenizer, id, length);
+}
+
+/* ==== 7. Hook points =============================================================================
+   Every activation of GPT-2 is a named vector of a row, a row being one position of one run. The stages
+   below are the hook points in the order of the forward pass, and behind K and V the two prefixes that
+   attention reads. The table says what a stage's rows are made of, which is all that the engine needs
+   to know in order to share them; where they stand in memory; and how they are computed. */
+
+enum { K_PREFIX = PATCH_N_HOOKS, V_PREFIX, STAGES };
+
+typedef enum Rule {
+    LEAF,  /* a token or a position */
+    SAME,  /* one row of stage a */
+    PAIR,  /* a row of stage a and a row of stage b, at one position */
+    PREFIX /* the rows of stage a at positions 0..t */
+} Rule;
+
+typedef enum Where { FIRST, EACH, LAST } Where; /* in which layers */
+
+/* STREAM holds the residual stream between layers, MID that between attention and MLP, OUT what is
+   normalised or about to be added, WIDE the MLP's inner rows and before them q, k, v and z, side by
+   side (BESIDE). By the time a stage writes to a region, nobody reads what stood there. */
+typedef enum Region { NOWHERE, STREAM, MID, OUT, WIDE, RESULTS, BESIDE } Region;
+
+/* LATER: scores and patterns are made when z is; prefixes are only lists. */
+typedef enum How { LATER, EMBED, ADD, SCALE, NORM, LINEAR, ATTEND, SPELL_OUT, ACTIVATE } How;
+
+typedef struct StageRule {
+    int stage, a, b;
+    Rule rule;
+    Where where;
+    Region region;
+    How how;
+    int linear;
+} StageRule;
+
+/* RESID_PRE of a later layer is the RESID_POST of the one before, and stays in its place. */
+static const StageRule stage_rules[] = {
+    {PATCH_EMBED, 0, 0, LEAF, FIRST, OUT, EMBED, 0},
+    {PATCH_POS_EMBED, 0, 0, LEAF, FIRST, MID, EMBED, 0},
+    {PATCH_RESID_PRE, PATCH_EMBED, PATCH_POS_EMBED, PAIR, EACH, STREAM, ADD, 0},
+    {PATCH_LN1_SCALE, PATCH_RESID_PRE, 0, SAME, EACH, WIDE, SCALE, 0},
+    {PATCH_LN1_NORMALIZED, PATCH_RESID_PRE, PATCH_LN1_SCALE, PAIR, EACH, OUT, NORM, 0},
+    {PATCH_Q, PATCH_LN1_NORMALIZED, 0, SAME, EACH, BESIDE, LINEAR, LINEAR_Q},
+    {PATCH_K, PATCH_LN1_NORMALIZED, 0, SAME, EACH, BESIDE, LINEAR, LINEAR_K},
+    {PATCH_V, PATCH_LN1_NORMALIZED, 0, SAME, EACH, BESIDE, LINEAR, LINEAR_V},
+    {K_PREFIX, PATCH_K, 0, PREFIX, EACH, NOWHERE, LATER, 0},
+    {V_PREFIX, PATCH_V, 0, PREFIX, EACH, NOWHERE, LATER, 0},
+    {PATCH_ATTN_SCORES, PATCH_Q, K_PREFIX, PAIR, EACH, NOWHERE, LATER, 0},
+    {PATCH_PATTERN, PATCH_ATTN_SCORES, 0, SAME, EACH, NOWHERE, LATER, 0},
+    {PATCH_Z, PATCH_PATTERN, V_PREFIX, PAIR, EACH, BESIDE, ATTEND, 0},
+    {PATCH_RESULT, PATCH_Z, 0, SAME, EACH, RESULTS, SPELL_OUT, 0},
+    {PATCH_ATTN_OUT, PATCH_RESULT, 0, SAME, EACH, OUT, LINEAR, LINEAR_O},
+    {PATCH_RESID_MID, PATCH_RESID_PRE, PATCH_ATTN_OUT, PAIR, EACH, MID, ADD, 0},
+    {PATCH_LN2_SCALE, PATCH_RESID_MID, 0, SAME, EACH, WIDE, SCALE, 0},
+    {PATCH_LN2_NORMALIZED, PATCH_RESID_MID, PATCH_LN2_SCALE, PAIR, EACH, OUT, NORM, 0},
+    {PATCH_MLP_PRE, PATCH_LN2_NORMALIZED, 0, SAME, EACH, WIDE, LINEAR, LINEAR_IN},
+    {PATCH_MLP_POST, PATCH_MLP_PRE, 0, SAME, EACH, WIDE, ACTIVATE, 0},
+    {PATCH_MLP_OUT, PATCH_MLP_POST, 0, SAME, EACH, OUT, LINEAR, LINEAR_OUT},
+    {PATCH_RESID_POST, PATCH_RESID_MID, PATCH_MLP_OUT, PAIR, EACH, STREAM, ADD, 0},
+    {PATCH_LN_FINAL_SCALE, PATCH_RESID_POST, 0, SAME, LAST, WIDE, SCALE, 0},
+    {PATCH_LN_FINAL_NORMALIZED, PATCH_RESID_POST, PATCH_LN_FINAL_SCALE, PAIR, LAST, OUT, NORM, 0},
+};
+
+enum { RULES = sizeof stage_rules / sizeof stage_rules[0] };
+
+static const struct HookFact {
+    const char *name;
+    char shape;
+} hook_facts[] = {
+#define X(id, name, shape) {name, shape},
+    PATCH_HOOKS(X)
+#undef X
+};
+
+static Where hook_where(int hook) {
+    return hook <= PATCH_POS_EMBED ? FIRST : hook >= PATCH_LN_FINAL_SCALE ? LAST : EACH;
+}
+
+/* The layer under which the engine keeps a hook point; the caller's where it is inside the blocks. */
+static int hook_layer(const Model *m, int hook, int layer) {
+    const Where where = hook_where(hook);
+
+    return where == EACH ? layer : where == FIRST ? 0 : m->dims.n_layers - 1;
+}
+
+/* Floats of one row of a hook point; of scores and pattern, of a run of t tokens. */
+static size_t hook_width(const Model *m, int hook, size_t t) {
+    const ModelFile *f = &m->file;
+
+    switch (hook_facts[hook].shape) {
+    case 'M': return f->M;
+    case 'R': return f->H * f->C;
+    case 'P': return f->H * t;
+    case '1': return 1;
+    default: return f->C; /* C, and Z = [H,D] */
+    }
+}
+
+int patch_hook_name(patch_hook hook, int layer, char *name, size_t capacity) {
+    const char *text = (size_t)hook < PATCH_N_HOOKS ? hook_facts[hook].name : "";
+    const char *at = strstr(text, "%d");
+
+    return at == NULL ? snprintf(name, capacity, "%s", text)
+                      : snprintf(name, capacity, "%.*s%d%s", (int)(at - text), text, layer, at + 2);
+}
+
+/* ==== 8. The engine ==============================================================================
+   Any number of runs goes through the model side by side, in two steps: a plan, made without computing
+   a single float, then one pass over the weights.
+
+   THE PLAN. A run is a table: position -> row. At every stage (chapter 7) a row is known by what it is
+   made of, and rows made of the same are the same row: they are *interned*, as a compiler interns
+   strings. For LEAF, SAME and PAIR that is a token, one row or two. Attention makes z of position t out
+   of one row of q and *all* keys and values 0..t; these are walked through a trie, so that a prefix
+   too is a single number:
+
+       run 1   the cat sat       table 0 1 2      prefixes  p0 -- p1 -- p2
+       run 2   the cat ran       table 0 1 3                       \___ p3
+       run 3   the dog sat       table 0 4 5                \___ p4 --- p5
+
+   Run 2 has one new row in each layer, run 3 two (its "sat" saw "dog"): three rows in all are shared,
+   and nothing was compared but integers.
+
+   An edit changes a row into another: made of the row before, the edit's kind and the edit's content,
+   never of the run's number. Taking another run's whole vector over is cheaper still: table[p] is set to
+   that run's row. From there everything follows by itself. Patching a run with itself changes no
+   table. Patching resid_pre at every position of a layer makes the table the clean run's, so all later
+   rows are the clean run's: the patched run *is* the clean run from there on, and costs nothing. A cell
+   before the first token that differs changes no table either. A q edit makes one new row; a k or v
+   edit makes new prefixes, hence new rows at all later positions; where z is replaced whole, prefix and
+   q leave the row's making altogether.
+
+   A run without edits so far is not even walked: it follows its *class*, the unedited run of the same
+   tokens, until an edit changes something; then it gets a track of its own, and is walked only from
+   the first position that changed.
+
+   What nothing reads, directly or through other rows, is then struck out, from the last layer
+   backwards: so only the final position goes through the last layer's queries and MLP, and nobody says
+   so anywhere.
+
+   THE PASS. Layer by layer, stage by stage, the rows that are left are computed in bulk: a few hundred
+   rows through each matrix at once. A row's numbers depend on its making alone (chapter 5: one order of
+   summation), so each run's are those it would have had alone, bit for bit. With `share` off nothing
+   is interned and nothing struck out: the same code, slowly, as a reference. */
+
+/* A row, or a prefix. Made by its stage's rule: a and b are rows of the rule's stages (LEAF: a is the
+   token or position; PREFIX: a is the prefix one shorter, b the new row). Made by an edit (edit >= 0): a
+   is the row before, -1 where nothing of it is left; b the row copied from, or the position. */
+typedef struct Node {
+    int a, b, edit;
+    int slot; /* where it stands in its stage's buffer; DEAD: nobody needs it */
+} Node;
+
+enum { DEAD = -1, LIVE = -2 };
+
+typedef struct Stage {
+    Node *nodes;
+    int n, capacity;
+    int slots;  /* rows of the buffer */
+    int edited; /* an edit has changed a table here */
+} Stage;
+
+/* A run's way through the layers: tables of its own, or (classes) shared by all runs that follow it. */
+typedef struct Track {
+    const int *tokens;
+    int n_tokens;
+    int class; /* the track whose rows it has before position `from` */
+    int from;
+} Track;
+
+/* An edit or a read of a run. Sorted by stage, then run, then the caller's order, they stand as the
+   pass meets them. */
+typedef struct Event {
+    int at; /* layer * STAGES + stage */
+    int run, index;
+    int first; /* reads: where their rows begin in read_rows */
+} Event;
+
+typedef struct Plan {
+    const Model *m;
+    Pool *pool;
+    const patch_run *runs;
+    patch_read *reads;
+    int n_runs, share;
+    int T; /* tokens of the longest run */
+    Track *tracks;
+    int *track_of; /* [n_runs] */
+    int n_classes, n_tracks;
+    int *store[STAGES];  /* [tracks, T]: tables of their own; made when a stage first needs them */
+    int **table[STAGES]; /* [tracks]: the table that holds, own or another's */
+    Stage *stages;       /* [L, STAGES] */
+    Event *edits, *read_events;
+    int n_edits, n_reads, next_edit, next_read;
+    int *read_rows;   /* the rows that the reads mean, all positions of all reads */
+    int *scratch;     /* [T] */
+    int *hash;        /* node + 1 of the stage being built, open addressing; 0: free */
+    size_t hash_size; /* a power of two */
+} Plan;
+
+static Stage *stage_at(const Plan *p, int layer, int stage) {
+    return &p->stages[layer * STAGES + stage];
+}
+
+static const patch_edit *edit_of(const Plan *p, int event) {
+    return &p->runs[p->edits[event].run].edits[p->edits[event].index];
+}
+
+/* ---- making rows ---- */
+
+/* The first of an edit's values at a position. */
+static const float *edit_values(const patch_edit *e, int pos) {
+    return e->values + (e->pos < 0 ? (size_t)pos * e->stride : 0);
+}
+
+/* Are two nodes made of the same? Of edits only the contents count. */
+static int same_node(const Plan *p, const Node *x, const Node *y) {
+    const patch_edit *e, *f;
+
+    if (x->a != y->a || (x->edit < 0) != (y->edit < 0))
+        return 0;
+    if (x->edit < 0)
+        return x->b == y->b;
+    e = edit_of(p, x->edit);
+    f = edit_of(p, y->edit);
+    if (e->op != f->op || e->head != f->head || e->src != f->src)
+        return 0;
+    return e->op == PATCH_COPY    ? x->b == y->b
+           : e->op == PATCH_SCALE ? memcmp(&e->factor, &f->factor, sizeof e->factor) == 0
+                                  : edit_values(e, x->b) == edit_values(f, y->b);
+}
+
+static size_t node_hash(const Plan *p, const Node *x) {
+    const patch_edit *e = x->edit < 0 ? NULL : edit_of(p, x->edit);
+    uint64_t h = (uint32_t)x->a * UINT64_C(0x9E3779B97F4A7C15);
+
+    if (e == NULL || e->op == PATCH_COPY)
+        h ^= (uint32_t)x->b;
+    else if (e->op != PATCH_SCALE)
+        h ^= (uint64_t)(uintptr_t)edit_values(e, x->b) / sizeof(float);
+    h *= UINT64_C(0xC2B2AE3D27D4EB4F);
+    if (e != NULL)
+        h ^= (uint64_t)e->op << 20 ^ (uint64_t)(e->head + 2) << 40 ^ (uint32_t)e->src;
+    return (size_t)((h ^ h >> 29) * UINT64_C(0x9E3779B97F4A7C15) >> 32);
+}
+
+/* Begin to intern anew, with room for n nodes. */
+static int hash_clear(Plan *p, size_t n) {
+    size_t size = p->hash_size ? p->hash_size : 256;
+
+    while (size < n * 2)
+        size *= 2;
+    if (size == p->hash_size) {
+        memset(p->hash, 0, size * sizeof *p->hash);
+        return 1;
+    }
+    pool_give(p->pool, p->hash);
+    p->hash = pool_take(p->pool, size, sizeof *p->hash);
+    p->hash_size = p->hash ? size : 0;
+    return p->hash != NULL;
+}
+
+/* Where a node stands in the hash table, or the free place where it belongs. */
+static int *hash_find(const Plan *p, const Stage *s, const Node *node) {
+    size_t at = node_hash(p, node) & (p->hash_size - 1);
+
+    while (p->hash[at] != 0 && !same_node(p, &s->nodes[p->hash[at] - 1], node))
+        at = (at + 1) & (p->hash_size - 1);
+    return &p->hash[at];
+}
+
+/* Append a node; -1 where memory is out. */
+static int add_node(Plan *p, Stage *s, Node node) {
+    if (s->n == s->capacity) {
+        const int capacity = s->capacity ? s->capacity * 2 : 32;
+        Node *nodes = s->capacity < INT_MAX / 4
+                          ? pool_take(p->pool, (size_t)capacity, sizeof *nodes) : NULL;
+
+        if (nodes == NULL)
+            return -1;
+        if (s->n > 0)
+            memcpy(nodes, s->nodes, (size_t)s->n * sizeof *nodes);
+        pool_give(p->pool, s->nodes);
+        s->nodes = nodes;
+        s->capacity = capacity;
+    }
+    s->nodes[s->n] = node;
+    return s->n++;
+}
+
+/* Make what the hash table knows be this stage's nodes, and room for as many more. */
+static int hash_stage(Plan *p, const Stage *s) {
+    int i;
+
+    if (!hash_clear(p, (size_t)s->n * 2 + 64))
+        return 0;
+    for (i = 0; p->share && i < s->n; i++)
+        *hash_find(p, s, &s->nodes[i]) = i + 1;
+    return 1;
+}
+
+/* The node made of this, found or new; -1 where memory is out. This is all there is to sharing. */
+static int intern(Plan *p, Stage *s, int a, int b, int edit) {
+    const Node node = {a, b, edit, DEAD};
+    int *place;
+
+    if (!p->share)
+        return add_node(p, s, node);
+    if ((size_t)s->n * 2 >= p->hash_size && !hash_stage(p, s))
+        return -1;
+    place = hash_find(p, s, &node);
+    if (*place == 0)
+        *place = add_node(p, s, node) + 1;
+    return *place - 1;
+}
+
+/* ---- one stage of all runs ---- */
+
+/* A track's own table at a stage. */
+static int *own_table(Plan *p, int stage, int track) {
+    const size_t tracks = (size_t)(p->n_classes + p->n_runs);
+
+    if (p->store[stage] == NULL)
+        p->store[stage] = pool_take(p->pool, tracks * (size_t)p->T, sizeof(int));
+    return p->store[stage] ? p->store[stage] + (size_t)track * (size_t)p->T : NULL;
+}
+
+/* The rows of a PAIR, PREFIX or LEAF stage on one track. Before `from` they are the class's. */
+static int walk_track(Plan *p, Stage *s, const StageRule *rule, int track) {
+    const Track *t = &p->tracks[track];
+    const int *a = p->table[rule->a][track], *b = p->table[rule->b][track];
+    int *own = own_table(p, rule->stage, track), pos;
+
+    if (own == NULL)
+        return 0;
+    if (t->from > 0)
+        memcpy(own, p->table[rule->stage][t->class], (size_t)t->from * sizeof *own);
+    p->table[rule->stage][track] = own;
+    for (pos = t->from; pos < t->n_tokens; pos++) {
+        if (rule->rule == PAIR)
+            own[pos] = intern(p, s, a[pos], b[pos], -1);
+        else if (rule->rule == PREFIX)
+            own[pos] = intern(p, s, pos ? own[pos - 1] : -1, a[pos], -1);
+        else
+            own[pos] = intern(p, s, rule->stage == PATCH_EMBED ? t->tokens[pos] : pos, 0, -1);
+        if (own[pos] < 0)
+            return 0;
+    }
+    return 1;
+}
+
+/* Is this stage nothing but the layer before's RESID_POST? */
+static int stays(int layer, const StageRule *rule) {
+    return rule->stage == PATCH_RESID_PRE && layer > 0;
+}
+
+/* The stage whose rows a derived node's a (which = 0) or b (1) is. */
+static Stage *parent_stage(const Plan *p, int layer, const StageRule *rule, int which) {
+    return stays(layer, rule) ? stage_at(p, layer - 1, PATCH_RESID_POST)
+                              : stage_at(p, layer, which ? rule->b : rule->a);
+}
+
+/* All rows that a stage's rule makes. Where it makes exactly one of each row of its parent, they get the
+   parent's numbers and no table changes hands. That is so for SAME, and for a LayerNorm as long as no
+   edit has come between the residual stream and its scale. */
+static int derive_stage(Plan *p, int layer, const StageRule *rule) {
+    Stage *s = stage_at(p, layer, rule->stage);
+    const Stage *parent = parent_stage(p, layer, rule, 0);
+    const int from = stays(layer, rule) ? PATCH_RESID_POST : rule->a;
+    int i, track, ok = 1;
+
+    if (rule->rule == SAME || stays(layer, rule) ||
+        (rule->how == NORM && !stage_at(p, layer, rule->b)->edited)) {
+        for (i = 0; ok && i < parent->n; i++) {
+            const Node node = {i, i, -1, DEAD};
+
+            ok = add_node(p, s, node) >= 0;
+        }
+        memcpy(p->table[rule->stage], p->table[from], (size_t)p->n_tracks * sizeof(int *));
+        return ok;
+    }
+    ok = hash_clear(p, (size_t)parent->n * 2 + 64);
+    for (track = 0; ok && track < p->n_tracks; track++)
+        ok = walk_track(p, s, rule, track);
+    return ok;
+}
+
+/* The row that an edit makes of row `base` at one position. -1: memory is out. */
+static int edited_row(Plan *p, Stage *s, int stage, int base, int event, int pos) {
+    const patch_edit *e = edit_of(p, event);
+    const int whole = e->head < 0 && e->src < 0;
+    int source = pos;
+
+    if (e->op == PATCH_COPY) {
+        source = p->table[stage][p->track_of[e->source]][pos];
+        if (p->share && (whole || source == base))
+            return source;
+    }
+    return intern(p, s, whole && e->op <= PATCH_SET ? -1 : base, source, event);
+}
+
+/* Apply one run's edits at one stage: events first..last-1. Only if a table entry changes does a run
+   that followed its class leave it. */
+static int edit_run(Plan *p, int layer, int stage, int first, int last) {
+    Stage *s = stage_at(p, layer, stage);
+    const int run = p->edits[first].run;
+    int track = p->track_of[run], event, pos, changed, k, *own;
+    const int n = p->tracks[track].n_tokens;
+    const int *before = p->table[stage][track];
+
+    memcpy(p->scratch, before, (size_t)n * sizeof *before);
+    for (event = first; event < last; event++) {
+        const int at = edit_of(p, event)->pos, end = at < 0 ? n : at + 1;
+
+        for (pos = at < 0 ? 0 : at; pos < end; pos++)
+            if ((p->scratch[pos] = edited_row(p, s, stage, p->scratch[pos], event, pos)) < 0)
+                return 0;
+    }
+    for (changed = 0; changed < n && p->scratch[changed] == before[changed];)
+        changed++;
+    if (changed == n)
+        return 1;
+    if (p->share && track < p->n_classes) { /* born: all its tables so far are the class's */
+        p->tracks[p->n_tracks] = p->tracks[track];
+        p->tracks[p->n_tracks].from = changed;
+        for (k = 0; k < STAGES; k++)
+            p->table[k][p->n_tracks] = p->table[k][track];
+        p->track_of[run] = track = p->n_tracks++;
+    }
+    if (changed < p->tracks[track].from)
+        p->tracks[track].from = changed;
+    if ((own = own_table(p, stage, track)) == NULL)
+        return 0;
+    memcpy(own, p->scratch, (size_t)n * sizeof *own);
+    p->table[stage][track] = own;
+    s->edited = 1;
+    return 1;
+}
+
+/* Apply all edits at one stage, run by run: a source is always an earlier run, so its table is done. */
+static int edit_stage(Plan *p, int layer, int stage) {
+    const int at = layer * STAGES + stage;
+    int first;
+
+    if (p->next_edit == p->n_edits || p->edits[p->next_edit].at != at)
+        return 1;
+    if (!hash_stage(p, stage_at(p, layer, stage)))
+        return 0;
+    while (p->next_edit < p->n_edits && p->edits[p->next_edit].at == at) {
+        for (first = p->next_edit; p->next_edit < p->n_edits; p->next_edit++)
+            if (p->edits[p->next_edit].at != at || p->edits[p->next_edit].run != p->edits[first].run)
+                break;
+        if (!edit_run(p, layer, stage, first, p->next_edit))
+            return 0;
+    }
+    return 1;
+}
+
+/* How many rows a read means. */
+static int rows_read(const Plan *p, const patch_read *r) {
+    return r->pos < 0 ? p->runs[r->run].n_tokens : 1;
+}
+
+/* Note which rows the reads at this stage mean. */
+static void note_reads(Plan *p, int at) {
+    for (; p->next_read < p->n_reads && p->read_events[p->next_read].at == at; p->next_read++) {
+        const Event *event = &p->read_events[p->next_read];
+        patch_read *r = &p->reads[event->index];
+        const int *table = p->table[at % STAGES][p->track_of[r->run]];
+
+        r->id = r->pos < 0 ? -1 : table[r->pos];
+        memcpy(p->read_rows + event->first, table + (r->pos < 0 ? 0 : r->pos),
+               (size_t)rows_read(p, r) * sizeof *table);
+    }
+}
+
+/* ---- what is needed ---- */
+
+static void need(Stage *s, int node) {
+    if (node >= 0)
+        s->nodes[node].slot = LIVE;
+}
+
+/* One needed node needs what it is made of. */
+static void need_parents(const Plan *p, int layer, const StageRule *rule, Stage *s, const Node *n) {
+    const Stage *result = stage_at(p, layer, PATCH_RESULT);
+
+    if (n->edit >= 0) {
+        need(s, n->a);
+        need(s, edit_of(p, n->edit)->op == PATCH_COPY ? n->b : -1);
+    } else if (rule->rule == PREFIX) {
+        need(s, n->a);
+        need(stage_at(p, layer, rule->a), n->b);
+    } else if (rule->stage == PATCH_ATTN_OUT && result->nodes[n->a].edit < 0) {
+        need(stage_at(p, layer, PATCH_Z), result->nodes[n->a].a); /* no result is spelled out */
+    } else if (rule->rule != LEAF) {
+        need(parent_stage(p, layer, rule, 0), n->a);
+        if (rule->rule == PAIR)
+            need(parent_stage(p, layer, rule, 1), n->b);
+    }
+}
+
+/* Backwards from what is read: mark what is needed. */
+static void mark_needed(Plan *p) {
+    int layer, k, i, j;
+
+    for (i = 0; i < p->n_reads; i++) {
+        const Event *event = &p->read_events[i];
+
+        for (j = 0; j < rows_read(p, &p->reads[event->index]); j++)
+            need(&p->stages[event->at], p->read_rows[event->first + j]);
+    }
+    for (layer = p->m->dims.n_layers - 1; layer >= 0; layer--)
+        for (k = RULES - 1; k >= 0; k--) {
+            const StageRule *rule = &stage_rules[k];
+            Stage *s = stage_at(p, layer, rule->stage);
+
+            for (i = s->n - 1; i >= 0; i--)
+                if (s->nodes[i].slot == LIVE || (!p->share && rule->how != SPELL_OUT)) {
+                    s->nodes[i].slot = LIVE;
+                    need_parents(p, layer, rule, s, &s->nodes[i]);
+                }
+        }
+}
+
+/* Forwards: number the needed rows of each stage. Derived ones come first, edited ones behind them; where
+   a stage is computed in its parent's place, its rows keep their slots. */
+static void number_slots(Plan *p) {
+    int layer, k, i;
+
+    for (layer = 0; layer < p->m->dims.n_layers; layer++)
+        for (k = 0; k < RULES; k++) {
+            const StageRule *rule = &stage_rules[k];
+            const int in_place = rule->how == ACTIVATE || stays(layer, rule);
+            const Stage *parent = parent_stage(p, layer, rule, 0);
+            Stage *s = stage_at(p, layer, rule->stage);
+
+            s->slots = in_place ? parent->slots : 0;
+            for (i = 0; i < s->n; i++) {
+                Node *n = &s->nodes[i];
+
+                if (n->slot == LIVE)
+                    n->slot = in_place && n->edit < 0 ? parent->nodes[n->a].slot : s->slots++;
+            }
+        }
+}
+
+/* ---- building the plan ---- */
+
+static patch_status bad_run(patch_error *e, size_t run, const char *what, long got, long least,
+                            long most) {
+    char where[64];
+
+    snprintf(where, sizeof where, "run %lu", (unsigned long)run);
+    return fail(e, PATCH_E_INPUT, where, "%s %ld is not within %ld..%ld; correct the run", what, got,
+                least, most);
+}
+
+#define WITHIN(what, got, least, most)                                                             \
+    if ((long)(got) < (long)(least) || (long)(got) > (long)(most))                                 \
+    return bad_run(e, run, what, (long)(got), (long)(least), (long)(most))
+
+/* Is a slice (layer, position, head, source) one that this hook point has? */
+static patch_status check_slice(const Model *m, size_t run, int hook, int layer, int pos, int head,
+                                int src, int n_tokens, patch_error *e) {
+    WITHIN("hook point", hook, 0, PATCH_N_HOOKS - 1);
+    if (hook_where(hook) == EACH)
+        WITHIN("layer", layer, 0, m->dims.n_layers - 1);
+    WITHIN("position", pos, -1, n_tokens - 1);
+    WITHIN("head", head, -1, strchr("ZRP", hook_facts[hook].shape) ? m->dims.n_heads - 1 : -1);
+    WITHIN("source position", src, -1, hook_facts[hook].shape == 'P' ? n_tokens - 1 : -1);
+    return PATCH_OK;
+}
+
+static patch_status check_edit(const Model *m, const patch_run *runs, size_t run,
+                               const patch_edit *x, patch_error *e) {
+    const int n = runs[run].n_tokens;
+
+    WITHIN("operation", x->op, PATCH_COPY, PATCH_SCALE);
+    if (x->op == PATCH_COPY) {
+        WITHIN("source run", x->source, 0, (long)run - 1);
+        WITHIN("length of the source run", runs[x->source].n_tokens, n, n);
+    } else if (x->op != PATCH_SCALE)
+        WITHIN("number of arrays of values", x->values == NULL ? 0 : 1, 1, 1);
+    return check_slice(m, run, (int)x->hook, x->layer, x->pos, x->head, x->src, n, e);
+}
+
+static patch_status check_runs(const Model *m, const patch_run *runs, size_t n_runs,
+                               const patch_read *reads, size_t n_reads, patch_error *e) {
+    size_t run = 0, i;
+    patch_status s = PATCH_OK;
+
+    WITHIN("number of runs", n_runs, 0, INT_MAX / 4);
+    WITHIN("number of reads", n_reads, 0, INT_MAX / 4);
+    for (run = 0; run < n_runs && s == PATCH_OK; run++) {
+        const patch_run *r = &runs[run];
+
+        WITHIN("number of tokens", r->n_tokens, 1, m->dims.n_ctx);
+        WITHIN("number of edits", r->n_edits, 0, INT_MAX / 4);
+        for (i = 0; i < (size_t)r->n_tokens; i++)
+            WITHIN("token", r->tokens[i], 0, m->dims.d_vocab - 1);
+        for (i = 0; i < (size_t)r->n_edits && s == PATCH_OK; i++)
+            s = check_edit(m, runs, run, &r->edits[i], e);
+    }
+    for (i = 0; i < n_reads && s == PATCH_OK; i++) {
+        const patch_read *r = &reads[i];
+
+        run = (size_t)r->run;
+        WITHIN("run of a read", r->run, 0, (long)n_runs - 1);
+        s = check_slice(m, run, (int)r->hook, r->layer, r->pos, -1, -1, runs[run].n_tokens, e);
+    }
+    return s;
+}
+
+static int by_stage(const void *x, const void *y) {
+    const Event *a = x, *b = y;
+
+    return a->at != b->at ? (a->at > b->at) - (a->at < b->at)
+           : a->run != b->run ? (a->run > b->run) - (a->run < b->run)
+                              : (a->index > b->index) - (a->index < b->index);
+}
+
+static Event event_of(const Plan *p, patch_hook hook, int layer, int run, int index, int first) {
+    Event event;
+
+    event.at = hook_layer(p->m, (int)hook, layer) * STAGES + (int)hook;
+    event.run = run;
+    event.index = index;
+    event.first = first;
+    return event;
+}
+
+/* List edits and reads by layer and stage. */
+static int index_events(Plan *p) {
+    size_t n_edits = 0, n_rows = 0, reads = (size_t)p->n_reads;
+    int r, i, n = 0, rows = 0;
+
+    for (r = 0; r < p->n_runs; r++)
+        n_edits += (size_t)p->runs[r].n_edits;
+    for (i = 0; i < p->n_reads; i++)
+        n_rows += (size_t)rows_read(p, &p->reads[i]);
+    p->edits = n_edits < INT_MAX / 4 ? pool_take(p->pool, n_edits, sizeof *p->edits) : NULL;
+    p->read_events = pool_take(p->pool, reads, sizeof *p->read_events);
+    p->read_rows = n_rows < INT_MAX / 4 ? pool_take(p->pool, n_rows, sizeof(int)) : NULL;
+    if (!p->edits || !p->read_events || !p->read_rows)
+        return 0;
+    for (r = 0; r < p->n_runs; r++)
+        for (i = 0; i < p->runs[r].n_edits; i++) {
+            const patch_edit *e = &p->runs[r].edits[i];
+
+            p->edits[n++] = event_of(p, e->hook, e->layer, r, i, 0);
+        }
+    for (i = 0; i < p->n_reads; i++) {
+        const patch_read *read = &p->reads[i];
+
+        p->read_events[i] = event_of(p, read->hook, read->layer, read->run, i, rows);
+        rows += rows_read(p, read);
+    }
+    p->n_edits = n;
+    qsort(p->edits, n_edits, sizeof *p->edits, by_stage);
+    qsort(p->read_events, reads, sizeof *p->read_events, by_stage);
+    return 1;
+}
+
+/* Sort the runs into classes of equal tokens; without sharing each run is a class of its own. */
+static int make_classes(Plan *p) {
+    int r, k;
+
+    p->tracks = pool_take(p->pool, (size_t)p->n_runs * 2, sizeof *p->tracks);
+    p->track_of = pool_take(p->pool, (size_t)p->n_runs, sizeof(int));
+    if (!p->tracks || !p->track_of || !hash_clear(p, (size_t)p->n_runs * 2 + 64))
+        return 0;
+    for (r = 0; r < p->n_runs; r++) {
+        const patch_run *run = &p->runs[r];
+        const size_t bytes = (size_t)run->n_tokens * sizeof(int);
+        uint64_t h = 0;
+        size_t at;
+        Track *t;
+
+        for (k = 0; k < run->n_tokens; k++)
+            h = (h ^ (uint32_t)run->tokens[k]) * UINT64_C(0x9E3779B97F4A7C15) + (h >> 29);
+        for (at = (size_t)(h >> 20) & (p->hash_size - 1); p->share && p->hash[at] != 0;
+             at = (at + 1) & (p->hash_size - 1)) {
+            t = &p->tracks[p->hash[at] - 1];
+            if (t->n_tokens == run->n_tokens && memcmp(t->tokens, run->tokens, bytes) == 0)
+                break;
+        }
+        if (!p->share || p->hash[at] == 0) {
+            t = &p->tracks[p->n_classes];
+            t->tokens = run->tokens;
+            t->n_tokens = run->n_tokens;
+            t->class = p->n_classes;
+            p->hash[at] = ++p->n_classes;
+        }
+        p->track_of[r] = p->share ? p->hash[at] - 1 : r;
+        p->T = run->n_tokens > p->T ? run->n_tokens : p->T;
+    }
+    p->n_tracks = p->n_classes;
+    return 1;
+}
+
+static int stage_exists(const Model *m, int layer, const StageRule *rule) {
+    return rule->where == EACH || layer == (rule->where == FIRST ? 0 : m->dims.n_layers - 1);
+}
+
+/* Plan all runs; fails only for want of memory. */
+static int plan_runs(Plan *p) {
+    const int n_layers = p->m->dims.n_layers;
+    int layer, k;
+
+    p->stages = pool_take(p->pool, (size_t)n_layers * STAGES, sizeof *p->stages);
+    if (!p->stages || !make_classes(p) || !index_events(p))
+        return 0;
+    if ((p->scratch = pool_take(p->pool, (size_t)p->T, sizeof(int))) == NULL)
+        return 0;
+    for (k = 0; k < STAGES; k++)
+        if ((p->table[k] = pool_take(p->pool, (size_t)(p->n_classes + p->n_runs),
+                                     sizeof(int *))) == NULL)
+            return 0;
+    for (layer = 0; layer < n_layers; layer++)
+        for (k = 0; k < RULES; k++)
+            if (stage_exists(p->m, layer, &stage_rules[k])) {
+                if (!derive_stage(p, layer, &stage_rules[k]) ||
+                    !edit_stage(p, layer, stage_rules[k].stage))
+                    return 0;
+                note_reads(p, layer * STAGES + stage_rules[k].stage);
+            }
+    mark_needed(p);
+    number_slots(p);
+    return 1;
+}
+
+/* ---- the pass ---- */
+
+/* Scratch of one thread for one row of attention. */
+typedef struct Attention {
+    const float **keys, **values; /* [T] rows of the prefix */
+    float *pattern;               /* [T] */
+    int prefix;                   /* whose keys they are; -1: none yet */
+} Attention;
+
+typedef struct Pass {
+    const Plan *p;
+    const Model *m;
+    Work work;
+    float *region[BESIDE]; /* [the most floats of any layer] */
+    float *buffer[STAGES]; /* where the rows of this layer's stages stand */
+    int *index;            /* [most slots]: rows to gather */
+    double *value_bias;    /* [C] b_V, on its way into b_O */
+    Attention *attention;  /* [threads] */
+    float *ln[2];          /* the LayerNorm's weight and bias where they are not folded */
+    int next_read;         /* the first of the plan's reads that is not served yet */
+    double seconds_products, seconds_attention;
+} Pass;
+
+/* Lay a layer's buffers out in the regions; raises most[] to the floats that these need. */
+static void place_stages(Pass *x, int layer, size_t most[BESIDE]) {
+    size_t beside = 0;
+    int k;
+
+    for (k = 0; k < RULES; k++) {
+        const StageRule *rule = &stage_rules[k];
+        const Region region = rule->region == BESIDE ? WIDE : rule->region;
+        const size_t at = rule->region == BESIDE ? beside : 0;
+        size_t end;
+
+        if (region == NOWHERE)
+            continue;
+        end = (size_t)stage_at(x->p, layer, rule->stage)->slots * hook_width(x->m, rule->stage, 0);
+        end = at + (end + LANES - 1) / LANES * LANES;
+        x->buffer[rule->stage] = x->region[region] == NULL ? NULL : x->region[region] + at;
+        beside = rule->region == BESIDE ? end : beside;
+        most[region] = end > most[region] ? end : most[region];
+    }
+}
+
+static float *row_of(const Pass *x, int stage, int slot) {
+    return x->buffer[stage] + (size_t)slot * hook_width(x->m, stage, 0);
+}
+
+/* Slots of the rows of `parent` that a stage's derived, needed nodes are made of, in order; returns how
+   many. (Of attn_out, made of z, those are left out that an edited result makes.) */
+static size_t gather(Pass *x, const Stage *s, const Stage *parent) {
+    size_t n = 0;
+    int i;
+
+    for (i = 0; i < s->n; i++)
+        if (s->nodes[i].edit < 0 && s->nodes[i].slot >= 0 && s->nodes[i].a < parent->n)
+            x->index[n++] = parent->nodes[s->nodes[i].a].slot;
+    return n;
+}
+
+/* A stage that is one matrix product of the stage it is made of. */
+static patch_status product(Pass *x, int layer, const StageRule *rule, patch_error *e) {
+    const int from = rule->linear == LINEAR_O ? PATCH_Z : rule->a; /* no result is spelled out */
+    const double started = now();
+    Linear l = layer_linear(x->m, (size_t)layer, rule->linear);
+    patch_status s;
+    Rows r;
+
+    r.n = gather(x, stage_at(x->p, layer, rule->stage), stage_at(x->p, layer, from));
+    r.index = x->index;
+    r.x = x->buffer[from];
+    r.ldx = l.k;
+    r.y = x->buffer[rule->stage];
+    r.ldy = l.n;
+    if (l.takes_value_bias)
+        l.shift = x->value_bias;
+    s = linear(&x->work, &l, &r, NULL, e);
+    if (l.drop_bias)
+        memcpy(x->value_bias, x->work.bias, l.n * sizeof *x->value_bias);
+    x->seconds_products += now() - started;
+    return s;
+}
+
+/* Token or position embeddings; with center_writing_weights each row loses its mean. */
+static int embed(Pass *x, const StageRule *rule) {
+    const ModelFile *f = &x->m->file;
+    const Stage *s = stage_at(x->p, 0, rule->stage);
+    int i;
+    size_t j;
+
+    for (i = 0; i < s->n; i++) {
+        const Node *node = &s->nodes[i];
+        float *row = row_of(x, rule->stage, node->slot);
+        double mean = 0;
+
+        if (node->slot < 0 || node->edit >= 0)
+            continue;
+        if (!weights_row(f, &f->tensors[rule->stage == PATCH_POS_EMBED], (size_t)node->a, row,
+                         x->work.pool->a))
+            return 0;
+        if (x->m->steps & DID_CENTER_WRITING)
+            mean = x->m->kernels->mean(row, f->C);
+        for (j = 0; j < f->C; j++)
+            row[j] = (float)((double)row[j] - mean);
+    }
+    return 1;
+}
+
+/* Weight and bias of a LayerNorm that is not folded, into w [2,C]; x->ln is NULL where it is. */
+static int load_norm(Pass *x, int layer, int stage, float *w) {
+    const ModelFile *f = &x->m->file;
+    const size_t ln2 = f->processing & DID_FOLD ? (size_t)FOLD_LN2_W : (size_t)RAW_LN2_W;
+    const Tensor *t = stage == PATCH_LN_FINAL_NORMALIZED ? tail_tensor(f, 0)
+                      : layer_tensor(f, (size_t)layer, stage == PATCH_LN2_NORMALIZED ? ln2 : 0);
+
+    x->ln[0] = x->ln[1] = NULL;
+    if (x->m->steps & DID_FOLD_LN)
+        return 1;
+    x->ln[0] = w;
+    x->ln[1] = w + f->C;
+    return weights_row(f, t, 0, w, x->work.pool->a) &&
+           weights_row(f, t + 1, 0, w + f->C, x->work.pool->a);
+}
+
+/* Stages computed row by row: sums of two rows, LayerNorm's scales, and what it makes of row and
+   scale. */
+static void each_row(Pass *x, int layer, const StageRule *rule) {
+    const Kernels *k = x->m->kernels;
+    const size_t C = x->m->file.C;
+    const Stage *s = stage_at(x->p, layer, rule->stage);
+    const Stage *a = stage_at(x->p, layer, rule->a), *b = stage_at(x->p, layer, rule->b);
+
+    OMP(parallel for num_threads(team(x->m, (double)s->n * 8 * (double)C)) schedule(static))
+    for (int i = 0; i < s->n; i++) {
+        const Node *node = &s->nodes[i];
+
+        if (node->slot >= 0 && node->edit < 0) {
+            const float *p = row_of(x, rule->a, a->nodes[node->a].slot);
+            const float *q = rule->rule == PAIR ? row_of(x, rule->b, b->nodes[node->b].slot) : NULL;
+            float *out = row_of(x, rule->stage, node->slot);
+
+            if (rule->how == SCALE)
+                k->norm_scale(p, C, x->m->file.eps, out);
+            else if (rule->how == NORM)
+                k->normalize(p, C, *q, x->ln[0], x->ln[1], out);
+            else
+                for (size_t j = 0; j < C; j++)
+                    out[j] = p[j] + q[j];
+        }
+    }
+}
+
+/* The rows of a prefix, position 0 first; returns how many. */
+static size_t prefix_rows(const Pass *x, int layer, int prefix_stage, int node, const float **rows) {
+    const int of = prefix_stage == K_PREFIX ? PATCH_K : PATCH_V;
+    const Stage *prefix = stage_at(x->p, layer, prefix_stage), *s = stage_at(x->p, layer, of);
+    size_t n = 0, i;
+    int at;
+
+    for (at = node; at >= 0; at = prefix->nodes[at].a)
+        n++;
+    for (at = node, i = n; at >= 0; at = prefix->nodes[at].a)
+        rows[--i] = row_of(x, of, s->nodes[prefix->nodes[at].b].slot);
+    return n;
+}
+
+/* out [n] = softmax(out). A row that is masked altogether is 0, as in TransformerLens. */
+static void softmax(const Kernels *k, float *out, size_t n) {
+    float most = out[0];
+    double sum = 0;
+    size_t i;
+
+    for (i = 1; i < n; i++)
+        most = out[i] > most ? out[i] : most;
+    k->exponentials(out, n, most);
+    for (i = 0; i < n; i++)
+        sum += (double)out[i];
+    for (i = 0; i < n; i++) {
+        out[i] = (float)((double)out[i] / sum);
+        if (!(out[i] == out[i]))
+            out[i] = 0;
+    }
+}
+
+/* One head's row of scores or pattern, out [n], of a node of that stage: computed when it is asked for,
+   edits included, so that neither ever needs a buffer. */
+static void attention_row(const Pass *x, int layer, int stage, int node, size_t head, size_t n,
+                          float *out, Attention *scratch) {
+    const Node *nd = &stage_at(x->p, layer, stage)->nodes[node];
+    const patch_edit *e = nd->edit < 0 ? NULL : edit_of(x->p, nd->edit);
+    const size_t D = x->m->file.D;
+    size_t i;
+
+    if (e == NULL && stage == PATCH_PATTERN) {
+        attention_row(x, layer, PATCH_ATTN_SCORES, nd->a, head, n, out, scratch);
+        softmax(x->m->kernels, out, n);
+    } else if (e == NULL) {
+        const Node *q = &stage_at(x->p, layer, PATCH_Q)->nodes[nd->a];
+        const double root = sqrt((double)D) * (x->m->file.inverse_layer ? layer + 1 : 1);
+
+        if (scratch->prefix != nd->b)
+            prefix_rows(x, layer, K_PREFIX, nd->b, scratch->keys);
+        scratch->prefix = nd->b;
+        x->m->kernels->scores(row_of(x, PATCH_Q, q->slot) + head * D, scratch->keys, head * D, n, D,
+                              (float)root, out);
+    } else if (e->head >= 0 && (size_t)e->head != head) {
+        attention_row(x, layer, stage, nd->a, head, n, out, scratch);
+    } else if (e->op == PATCH_COPY) {
+        attention_row(x, layer, stage, nd->b, head, n, out, scratch);
+        if (e->src >= 0) { /* one entry of the source's row, the rest of one's own */
+            const float entry = (size_t)e->src < n ? out[e->src] : 0;
+
+            attention_row(x, layer, stage, nd->a, head, n, out, scratch);
+            if ((size_t)e->src < n)
+                out[e->src] = entry;
+        }
+    } else {
+        const size_t T = (size_t)x->p->runs[x->p->edits[nd->edit].run].n_tokens;
+        const size_t first = e->src < 0 ? 0 : (size_t)e->src, end = e->src < 0 ? n : first + 1;
+        const float *values = e->op == PATCH_SCALE ? NULL : edit_values(e, nd->b);
+
+        if (values != NULL && e->head < 0)
+            values += head * (e->src < 0 ? T : 1);
+        if (nd->a >= 0)
+            attention_row(x, layer, stage, nd->a, head, n, out, scratch);
+        for (i = first; i < end && i < n; i++)
+            out[i] = e->op == PATCH_SET ? values[i - first]
+                     : values ? out[i] + values[i - first] : out[i] * e->factor;
+    }
+}
+
+/* z of all needed rows: each head's pattern times the values of the prefix. */
+static void attend(Pass *x, int layer) {
+    const Stage *z = stage_at(x->p, layer, PATCH_Z);
+    const size_t D = x->m->file.D;
+    const double started = now();
+
+    OMP(parallel for num_threads(team(x->m, (double)z->slots * x->p->T * (double)x->m->file.C))
+        schedule(dynamic, 4))
+    for (int i = 0; i < z->n; i++) {
+        const Node *node = &z->nodes[i];
+        Attention *a = &x->attention[thread_number()];
+        size_t n, h;
+
+        if (node->slot < 0 || node->edit >= 0)
+            continue;
+        a->prefix = -1;
+        n = prefix_rows(x, layer, V_PREFIX, node->b, a->values);
+        for (h = 0; h < x->m->file.H; h++) {
+            attention_row(x, layer, PATCH_PATTERN, node->a, h, n, a->pattern, a);
+            x->m->kernels->mix(a->pattern, a->values, h * D, n, D,
+                               row_of(x, PATCH_Z, node->slot) + h * D);
+        }
+    }
+    x->seconds_attention += now() - started;
+}
+
+/* hook_result where it is asked for: each head's z times its rows of W_O, without b_O. */
+static patch_status spell_out_results(Pass *x, int layer, patch_error *e) {
+    const ModelFile *f = &x->m->file;
+    patch_status s = PATCH_OK;
+    Rows r;
+    size_t h;
+
+    r.n = gather(x, stage_at(x->p, layer, PATCH_RESULT), stage_at(x->p, layer, PATCH_Z));
+    r.index = x->index;
+    r.ldx = f->C;
+    r.ldy = f->H * f->C;
+    for (h = 0; r.n > 0 && h < f->H && s == PATCH_OK; h++) {
+        Linear l = layer_linear(x->m, (size_t)layer, LINEAR_O);
+
+        l.k = f->D;
+        l.first_row = h * f->D;
+        l.bias = NULL;
+        l.dense_bias = NULL;
+        r.x = x->buffer[PATCH_Z] + h * f->D;
+        r.y = x->buffer[PATCH_RESULT] + h * f->C;
+        s = linear(&x->work, &l, &r, NULL, e);
+    }
+    return s;
+}
+
+/* attn_out of the rows whose heads' results were edited: their sum, and b_O, which the product before
+   has left in the scratch. */
+static void sum_results(Pass *x, int layer) {
+    const ModelFile *f = &x->m->file;
+    const Stage *s = stage_at(x->p, layer, PATCH_ATTN_OUT), *result = stage_at(x->p, layer, PATCH_RESULT);
+    size_t h, j;
+    int i;
+
+    for (i = 0; i < s->n; i++) {
+        const Node *node = &s->nodes[i], *from = node->edit < 0 ? &result->nodes[node->a] : NULL;
+        const float *in;
+
+        if (node->slot < 0 || from == NULL || from->edit < 0)
+            continue;
+        in = row_of(x, PATCH_RESULT, from->slot);
+        for (j = 0; j < f->C; j++) {
+            float sum = 0;
+
+            for (h = 0; h < f->H; h++)
+                sum += in[h * f->C + j];
+            row_of(x, PATCH_ATTN_OUT, node->slot)[j] = sum + (float)x->work.bias[j];
+        }
+    }
+}
+
+/* Compute the derived rows of one stage of one layer. */
+static patch_status compute_stage(Pass *x, int layer, const StageRule *rule, patch_error *e) {
+    const size_t M = x->m->file.M;
+    const int inner = stage_at(x->p, layer, PATCH_MLP_PRE)->slots;
+    patch_status s;
+
+    switch (rule->how) {
+    case EMBED: return embed(x, rule) ? PATCH_OK : unreadable(x->m, e);
+    case NORM:
+        if (!load_norm(x, layer, rule->stage, x->work.scale))
+            return unreadable(x->m, e);
+        each_row(x, layer, rule);
+        return PATCH_OK;
+    case SCALE: each_row(x, layer, rule); return PATCH_OK;
+    case ADD:
+        if (!stays(layer, rule))
+            each_row(x, layer, rule);
+        return PATCH_OK;
+    case LINEAR:
+        s = product(x, layer, rule, e);
+        if (s == PATCH_OK && rule->linear == LINEAR_O)
+            sum_results(x, layer);
+        return s;
+    case ATTEND: attend(x, layer); return PATCH_OK;
+    case SPELL_OUT: return spell_out_results(x, layer, e);
+    case ACTIVATE:
+        OMP(parallel for num_threads(team(x->m, 8.0 * inner * (double)M)) schedule(static))
+        for (int i = 0; i < inner; i++)
+            x->m->kernels->activate(x->m->file.act_fn, x->buffer[PATCH_MLP_PRE] + (size_t)i * M, M);
+        return PATCH_OK;
+    default: return PATCH_OK;
+    }
+}
+
+/* Make the rows that edits make: a copy of the row before, changed in one slice. A row comes after the
+   ones it is made of, since those were planned first. */
+static void apply_edits(Pass *x, int layer, int stage) {
+    const Stage *s = stage_at(x->p, layer, stage);
+    const size_t width = hook_width(x->m, stage, 0);
+    const size_t part = hook_facts[stage].shape == 'Z' ? x->m->file.D : x->m->file.C; /* of a head */
+    int i;
+    size_t j;
+
+    for (i = 0; i < s->n; i++) {
+        const Node *node = &s->nodes[i];
+        const patch_edit *e = node->edit < 0 || node->slot < 0 ? NULL : edit_of(x->p, node->edit);
+        const float *from = NULL;
+        size_t at, n;
+        float *row;
+
+        if (e == NULL)
+            continue;
+        at = e->head >= 0 ? (size_t)e->head * part : 0;
+        n = e->head >= 0 ? part : width;
+        row = row_of(x, stage, node->slot);
+        if (node->a >= 0)
+            memcpy(row, row_of(x, stage, s->nodes[node->a].slot), width * sizeof *row);
+        if (e->op == PATCH_COPY)
+            from = row_of(x, stage, s->nodes[node->b].slot) + at;
+        else if (e->op != PATCH_SCALE)
+            from = edit_values(e, node->b);
+        for (j = 0; j < n; j++)
+            row[at + j] = from == NULL ? row[at + j] * e->factor
+                          : e->op == PATCH_ADD ? row[at + j] + from[j] : from[j];
+    }
+}
+
+/* One read of scores or pattern: [H,T] of one destination, [H,T,T] of all. Sources after the destination
+   are masked: -inf and 0. */
+static void read_attention(Pass *x, int layer, const patch_read *r, const int *rows) {
+    const size_t T = (size_t)x->p->runs[r->run].n_tokens, n_rows = r->pos < 0 ? T : 1;
+    size_t h, i, j;
+
+    for (i = 0; i < n_rows; i++) {
+        const size_t n = (r->pos < 0 ? i : (size_t)r->pos) + 1;
+
+        x->attention->prefix = -1;
+        for (h = 0; h < x->m->file.H; h++) {
+            float *out = r->out + (h * n_rows + i) * T;
+
+            attention_row(x, layer, (int)r->hook, rows[i], h, n, out, x->attention);
+            for (j = n; j < T; j++)
+                out[j] = r->hook == PATCH_ATTN_SCORES ? -(float)INFINITY : 0;
+        }
+    }
+}
+
+/* Hand back what is read at a stage that is done. */
+static void serve_reads(Pass *x, int layer, int stage) {
+    const Plan *p = x->p;
+    const Stage *s = stage_at(p, layer, stage);
+    int j;
+
+    for (; x->next_read < p->n_reads; x->next_read++) {
+        const Event *event = &p->read_events[x->next_read];
+        const patch_read *r = &p->reads[event->index];
+        const int *rows = p->read_rows + event->first, attention = hook_facts[r->hook].shape == 'P';
+        const size_t width = hook_width(x->m, (int)r->hook, 0);
+
+        if (event->at != layer * STAGES + stage)
+            return;
+        if (r->out != NULL && attention)
+            read_attention(x, layer, r, rows);
+        for (j = 0; r->out != NULL && !attention && j < rows_read(p, r); j++)
+            memcpy(r->out + (size_t)j * width, row_of(x, stage, s->nodes[rows[j]].slot),
+                   width * sizeof *r->out);
+    }
+}
+
+/* Measure all layers' regions and take them, and scratch for attention. */
+static patch_status pass_begin(Pass *x, const Plan *p, patch_stats *stats, patch_error *e) {
+    const size_t T = (size_t)p->T, threads = (size_t)p->m->threads;
+    size_t most[BESIDE] = {0}, slots = 1, t;
+    int layer, k, ok;
+    const float **rows;
+    float *pattern;
+    patch_status s;
+
+    memset(x, 0, sizeof *x);
+    x->p = p;
+    x->m = p->m;
+    for (layer = 0; layer < p->m->dims.n_layers; layer++) {
+        place_stages(x, layer, most);
+        for (k = 0; k < STAGES; k++)
+            if ((size_t)stage_at(p, layer, k)->slots > slots)
+                slots = (size_t)stage_at(p, layer, k)->slots;
+    }
+    if ((s = work_begin(&x->work, p->m, p->pool, stats, e)) != PATCH_OK)
+        return s;
+    x->index = pool_take(p->pool, slots, sizeof(int));
+    x->value_bias = pool_take(p->pool, p->m->file.C, sizeof(double));
+    x->attention = pool_take(p->pool, threads, sizeof *x->attention);
+    rows = pool_take(p->pool, threads * 2 * T, sizeof *rows);
+    pattern = pool_take(p->pool, threads * T, sizeof *pattern);
+    ok = x->index && x->value_bias && x->attention && rows && pattern;
+    for (k = STREAM; ok && k < BESIDE; k++)
+        ok = (x->region[k] = pool_take(p->pool, most[k], sizeof(float))) != NULL;
+    for (t = 0; ok && t < threads; t++) {
+        x->attention[t].keys = rows + 2 * t * T;
+        x->attention[t].values = x->attention[t].keys + T;
+        x->attention[t].pattern = pattern + t * T;
+    }
+    return ok ? PATCH_OK : no_memory(e, "one pass", p->pool->refused);
+}
+
+/* One pass over the weights: every layer, every stage, every needed row. */
+static patch_status run_pass(Pass *x, patch_error *e) {
+    size_t most[BESIDE] = {0};
+    int layer, k;
+
+    for (layer = 0; layer < x->m->dims.n_layers; layer++) {
+        place_stages(x, layer, most);
+        for (k = 0; k < RULES; k++) {
+            const StageRule *rule = &stage_rules[k];
+            patch_status s;
+
+            if (!stage_exists(x->m, layer, rule))
+                continue;
+            if ((s = compute_stage(x, layer, rule, e)) != PATCH_OK)
+                return s;
+            if (rule->region != NOWHERE)
+                apply_edits(x, layer, rule->stage);
+            serve_reads(x, layer, rule->stage);
+        }
+    }
+    return PATCH_OK;
+}
+
+/* What a plan asks for and what of it has to be computed, in rows of a layer. */
+static void count_rows(const Plan *p, patch_stats *stats) {
+    double asked = 0, rows = 0;
+    int layer, r;
+
+    for (r = 0; r < p->n_runs; r++)
+        asked += (double)p->runs[r].n_tokens * p->m->dims.n_layers;
+    for (layer = 0; layer < p->m->dims.n_layers; layer++)
+        rows += stage_at(p, layer, PATCH_RESID_POST)->slots;
+    stats->rows += rows;
+    stats->rows_shared += asked - rows;
+    stats->passes += 1;
+}
+
+/* Memory that one call may take for plan and rows: what max_memory leaves beside the model, the largest
+   mapped matrix and the program; without it, `standard`. */
+static size_t memory_limit(const Model *m, size_t standard) {
+    const size_t C = m->file.C, M = m->file.M > 3 * C ? m->file.M : 3 * C;
+    const size_t fixed = C * M * sizeof(float) + ((size_t)6 << 20) + m->file.tokenizer_bytes * 2 +
+                         m->file.V * 16;
+
+    if (m->options.max_memory == 0)
+        return standard;
+    return m->options.max_memory > fixed ? m->options.max_memory - fixed : 0;
+}
+
+/* patch_execute with the sharing switched on or off, in memory of this pool. */
+static patch_status execute(const Model *m, Pool *pool, const patch_run *runs, size_t n_runs,
+                            patch_read *reads, size_t n_reads, int share, patch_stats *stats,
+                            patch_error *e) {
+    const double started = now();
+    double planned;
+    Plan p;
+    Pass x;
+    patch_status s = check_runs(m, runs, n_runs, reads, n_reads, e);
+
+    if (s != PATCH_OK)
+        return s;
+    memset(&p, 0, sizeof p);
+    p.m = m;
+    p.pool = pool;
+    p.runs = runs;
+    p.reads = reads;
+    p.n_runs = (int)n_runs;
+    p.n_reads = (int)n_reads;
+    p.share = share;
+    if (!plan_runs(&p))
+        return no_memory(e, "plan", pool->refused);
+    planned = now();
+    if ((s = pass_begin(&x, &p, stats, e)) == PATCH_OK)
+        s = run_pass(&x, e);
+    if (s == PATCH_OK && stats != NULL) {
+        count_rows(&p, stats);
+        stats->seconds_plan += planned - started;
+        stats->seconds_products += x.seconds_products;
+        stats->seconds_attention += x.seconds_attention;
+        stats->seconds_rest += now() - planned - x.seconds_products - x.seconds_attention;
+        if ((double)pool->bytes > stats->peak_bytes)
+            stats->peak_bytes = (double)pool->bytes;
+    }
+    return s;
+}
+
+patch_status patch_execute(const patch_model *m, const patch_run *runs, size_t n_runs,
+                           patch_read *reads, size_t n_reads, patch_stats *stats, patch_error *e) {
+    Pool pool = pool_begin(&m->allocator, memory_limit(m, SIZE_MAX / 2));
+
+    return pool_end(&pool, execute(m, &pool, runs, n_runs, reads, n_reads, 1, stats, e));
+}
+
+
+/* ---- the cache: run_with_cache ---- */
+
+struct patch_cache {
+    patch_allocator allocator;
+    size_t n;
+    patch_tensor *tensors;
+    char (*names)[64];
+    float *data;
+};
+
+/* Does [...] at *glob (behind the bracket) hold c? Moves *glob behind the closing bracket; a bracket that
+   is never closed stands for itself, as in Python's fnmatch. */
+static int in_brackets(const char **glob, char c) {
+    const char *g = *glob;
+    const int negated = *g == '!';
+    int found = 0;
+
+    if (negated)
+        g++;
+    do {
+        if (*g == 0)
+            return c == '[';
+        if (g[1] == '-' && g[2] != ']' && g[2] != 0) {
+            found |= (unsigned char)g[0] <= (unsigned char)c && (unsigned char)c <= (unsigned char)g[2];
+            g += 3;
+        } else
+            found |= *g++ == c;
+    } while (*g != ']');
+    *glob = g + 1;
+    return found != negated;
+}
+
+/* fnmatch: * matches anything, dots too, ? one character, [a-c] and [!a-c] one of a set. A * is tried
+   with more and more characters, the last one only, so that the time is at most the product of the
+   lengths. */
+static int glob_matches(const char *glob, const char *name) {
+    const char *star = NULL, *retry = NULL;
+
+    while (*name != 0) {
+        const char *rest = glob + 1;
+        int ok;
+
+        if (*glob == '*') {
+            star = glob++;
+            retry = name;
+            continue;
+        }
+        ok = *glob == '?' || (*glob == '[' ? in_brackets(&rest, *name) : *glob == *name && *glob != 0);
+        if (ok) {
+            glob = rest;
+            name++;
+        } else if (star != NULL) {
+            glob = star + 1;
+            name = ++retry;
+        } else
+            return 0;
+    }
+    while (*glob == '*')
+        glob++;
+    return *glob == 0;
+}
+
+/* TransformerLens's shape of a hook point over B prompts of T tokens. */
+static void tensor_shape(const Model *m, int hook, size_t B, size_t T, patch_tensor *t) {
+    const ModelFile *f = &m->file;
+    const char shape = hook_facts[hook].shape;
+
+    t->rank = strchr("ZRP", shape) ? 4 : 3;
+    t->shape[0] = B;
+    t->shape[1] = shape == 'P' ? f->H : T;
+    t->shape[2] = shape == 'P' ? T : shape == 'M' ? f->M : shape == '1' ? 1 : shape == 'C' ? f->C : f->H;
+    t->shape[3] = shape == 'P' ? T : shape == 'Z' ? f->D : shape == 'R' ? f->C : 1;
+}
+
+static size_t tensor_floats(const patch_tensor *t) {
+    return t->shape[0] * t->shape[1] * t->shape[2] * (t->rank == 4 ? t->shape[3] : 1);
+}
+
+/* Go through all hook points that a glob matches, in the order of the forward pass; with c == NULL only
+   count them and the floats they take. Returns how many there are. */
+static size_t match_hooks(const Model *m, size_t B, size_t T, const char *const *globs, size_t n_globs,
+                          patch_cache *c, patch_read *reads, size_t *floats) {
+    size_t n = 0, g, b;
+    int layer, hook;
+
+    *floats = 0;
+    for (layer = 0; layer < m->dims.n_layers; layer++)
+        for (hook = 0; hook < PATCH_N_HOOKS; hook++) {
+            patch_tensor t = {NULL, NULL, 0, {0, 0, 0, 0}};
+            char name[64];
+
+            if (hook_layer(m, hook, layer) != layer)
+                continue;
+            patch_hook_name((patch_hook)hook, layer, name, sizeof name);
+            for (g = 0; g < n_globs; g++)
+                if (glob_matches(globs[g], name) && (hook != PATCH_RESULT || strstr(globs[g], "result")))
+                    break;
+            if (g == n_globs)
+                continue;
+            tensor_shape(m, hook, B, T, &t);
+            for (b = 0; c != NULL && b < B; b++) {
+                patch_read *r = &reads[n * B + b];
+
+                r->hook = (patch_hook)hook;
+                r->layer = layer;
+                r->run = (int)b;
+                r->pos = -1;
+                r->out = c->data + *floats + b * (tensor_floats(&t) / B);
+            }
+            if (c != NULL) {
+                memcpy(c->names[n], name, sizeof name);
+                t.name = c->names[n];
+                t.data = c->data + *floats;
+                c->tensors[n] = t;
+            }
+            *floats += tensor_floats(&t);
+            n++;
+        }
+    return n;
+}
+
+void patch_cache_free(patch_cache *c) {
+    patch_allocator a;
+
+    if (c == NULL)
+        return;
+    a = c->allocator;
+    give(&a, c->tensors);
+    give(&a, c->names);
+    give(&a, c->data);
+    give(&a, c);
+}
+
+size_t patch_cache_count(const patch_cache *c) {
+    return c->n;
+}
+
+patch_tensor patch_cache_get(const patch_cache *c, size_t index) {
+    return c->tensors[index];
+}
+
+/* Does every glob match a hook point? */
+static patch_status check_globs(const Model *m, const char *const *globs, size_t n_globs, patch_error *e) {
+    size_t g, floats;
+
+    for (g = 0; g < n_globs; g++)
+        if (match_hooks(m, 1, 1, &globs[g], 1, NULL, NULL, &floats) == 0)
+            return fail(e, PATCH_E_INPUT, globs[g],
+                        "no hook point has this name; try *hook_resid_pre or *, names are TransformerLens's");
+    return PATCH_OK;
+}
+
+patch_status patch_run_with_cache(const patch_model *m, const int *tokens, size_t n_prompts,
+                                  size_t n_tokens, const char *const *globs, size_t n_globs,
+                                  size_t *needed, patch_cache **cache, patch_error *e) {
+    const patch_allocator *a = &m->allocator;
+    Pool pool = pool_begin(a, SIZE_MAX / 2);
+    patch_cache *c = NULL;
+    patch_read *reads;
+    patch_run *runs;
+    size_t n, b, floats, run = 0;
+    patch_status s = check_globs(m, globs, n_globs, e);
+
+    if (cache != NULL)
+        *cache = NULL;
+    if (s != PATCH_OK)
+        return s;
+    WITHIN("number of prompts", n_prompts, 1, INT_MAX / 4);
+    WITHIN("number of tokens", n_tokens, 1, m->dims.n_ctx);
+    n = match_hooks(m, n_prompts, n_tokens, globs, n_globs, NULL, NULL, &floats);
+    if (needed != NULL)
+        *needed = floats * sizeof(float);
+    if (cache == NULL)
+        return PATCH_OK;
+    reads = pool_take(&pool, n * n_prompts, sizeof *reads);
+    runs = pool_take(&pool, n_prompts, sizeof *runs);
+    if ((c = take_zeroed(a, 1, sizeof *c)) != NULL) {
+        c->allocator = *a;
+        c->n = n;
+        c->tensors = take_zeroed(a, n, sizeof *c->tensors);
+        c->names = take_zeroed(a, n, sizeof *c->names);
+        c->data = take(a, floats, sizeof *c->data);
+    }
+    if (c == NULL || !c->tensors || !c->names || !c->data || !reads || !runs)
+        s = no_memory(e, "cache", floats * sizeof(float));
+    for (b = 0; s == PATCH_OK && b < n_prompts; b++) {
+        runs[b].tokens = tokens + b * n_tokens;
+        runs[b].n_tokens = (int)n_tokens;
+    }
+    if (s == PATCH_OK) {
+        match_hooks(m, n_prompts, n_tokens, globs, n_globs, c, reads, &floats);
+        s = patch_execute(m, runs, n_prompts, reads, n * n_prompts, NULL, e);
+    }
+    if (s == PATCH_OK)
+        *cache = c;
+    else
+        patch_cache_free(c);
+    return pool_end(&pool, s);
+}
+
+/* ==== 9. Metrics =================================================================================
+   What is asked of a run's final row x [C], that of the last position behind the final LayerNorm:
+   logits = x . W_U + b_U. A logit difference needs two columns of W_U, and is taken in double, as
+   x . (W_U[answer] - W_U[wrong]); the mean over the vocabulary (center_unembed) cancels there.
+   Probabilities need all columns: those go through `linear` 128 rows at a time. */
+
+/* One column of W_U, processed but not centered, into column [C]; *bias is its b_U. */
+static int unembed_column(const Work *w, int token, double *column, double *bias) {
+    const ModelFile *f = &w->m->file;
+    float *row = w->panels, *scale = w->scale, *shift = w->scale + f->C;
+    double mean = 0;
+    size_t k;
+
+    *bias = 0;
+    if (!weights_row(f, unembedding(f), (size_t)token, row, w->pool->a))
+        return 0;
+    if (!(w->m->steps & DID_FOLD_LN)) {
+        for (k = 0; k < f->C; k++)
+            column[k] = (double)row[k];
+        return 1;
+    }
+    if (!weights_row(f, tail_tensor(f, 0), 0, scale, w->pool->a) || !weights_row(f, tail_tensor(f, 1), 0, shift, w->pool->a))
+        return 0;
+    for (k = 0; k < f->C; k++) {
+        *bias += (double)shift[k] * (double)row[k];
+        column[k] = (double)scale[k] * (double)row[k];
+        mean += column[k];
+    }
+    for (k = 0; k < f->C; k++)
+        column[k] -= mean / (double)f->C;
+    return 1;
+}
+
+/* sum [C]: the stored unembedding summed over the vocabulary. Tasks are blocks of 64 columns, so that
+   the order of summation does not depend on the threads. */
+static int sum_vocabulary(const Work *w, double *sum) {
+    const ModelFile *f = &w->m->file;
+    const Tensor *t = unembedding(f);
+    const long blocks = (long)((f->C + 63) / 64);
+    size_t first, n;
+
+    memset(sum, 0, f->C * sizeof *sum);
+    for (first = 0; first < f->V; first += n) {
+        const unsigned char *p;
+
+        n = f->V - first < VOCAB_CHUNK ? f->V - first : VOCAB_CHUNK;
+        if ((p = weights(f, t, first, n, w->pool->a)) == NULL)
+            return 0;
+        OMP(parallel for num_threads(team(w->m, (double)n * (double)f->C)) schedule(static))
+        for (long block = 0; block < blocks; block++) {
+            const size_t k = (size_t)block * 64, some = f->C - k < 64 ? f->C - k : 64;
+            float part[64];
+            size_t v, j;
+
+            for (v = 0; v < n; v++) {
+                load_floats(t->type, p, v * f->C + k, some, part);
+                for (j = 0; j < some; j++)
+                    sum[k + j] += (double)part[j];
+            }
+        }
+        weights_done(f, t, n, p, w->pool->a);
+    }
+    return 1;
+}
+
+/* center_unembed: the mean column of the processed W_U into mean [C], and the mean of b_U. The mean over
+   v of scale[k] W[v][k] - (1/C) sum_k scale[k] W[v][k] follows from W's own sums over v. */
+static int vocabulary_mean(const Work *w, double *mean, double *bias_mean) {
+    const ModelFile *f = &w->m->file;
+    const double V = (double)f->V;
+    float *scale = w->scale, *shift = w->scale + f->C;
+    double of_columns = 0;
+    size_t k;
+
+    *bias_mean = 0;
+    if (!(w->m->steps & DID_CENTER_UNEMBED)) {
+        memset(mean, 0, f->C * sizeof *mean);
+        return 1;
+    }
+    if (!sum_vocabulary(w, mean))
+        return 0;
+    for (k = 0; k < f->C; k++)
+        mean[k] /= V;
+    if (!(w->m->steps & DID_FOLD_LN))
+        return 1;
+    if (!weights_row(f, tail_tensor(f, 0), 0, scale, w->pool->a) || !weights_row(f, tail_tensor(f, 1), 0, shift, w->pool->a))
+        return 0;
+    for (k = 0; k < f->C; k++) {
+        *bias_mean += (double)shift[k] * mean[k];
+        mean[k] *= (double)scale[k];
+        of_columns += mean[k] / (double)f->C;
+    }
+    for (k = 0; k < f->C; k++)
+        mean[k] -= of_columns;
+    return 1;
+}
+
+/* logits [n,V] of n rows; index as in Rows. */
+static patch_status all_logits(const Work *w, const float *rows, const int *index, size_t n,
+                               const double *mean, double bias_mean, float *logits, patch_error *e) {
+    const ModelFile *f = &w->m->file;
+    patch_status s = PATCH_OK;
+    size_t first;
+    Linear l;
+    Rows r;
+
+    memset(&l, 0, sizeof l);
+    l.k = f->C;
+    l.matrix = unembedding(f);
+    l.rows = f->V;
+    l.transposed = 1;
+    if (w->m->steps & DID_FOLD_LN) {
+        l.norm_w = tail_tensor(f, 0);
+        l.norm_b = tail_tensor(f, 1);
+    }
+    if (w->m->steps & DID_CENTER_UNEMBED) {
+        l.center_after = mean;
+        l.bias_after = bias_mean;
+    }
+    r.x = rows;
+    r.ldx = f->C;
+    r.index = index;
+    r.n = n;
+    r.ldy = f->V;
+    for (first = 0; first < f->V && s == PATCH_OK; first += l.n) {
+        l.n = f->V - first < VOCAB_CHUNK ? f->V - first : VOCAB_CHUNK;
+        l.first_row = first;
+        r.y = logits + first;
+        s = linear(w, &l, &r, NULL, e);
+    }
+    return s;
+}
+
+patch_status patch_logits(const patch_model *m, const float *rows, size_t n, float *logits,
+                          patch_error *e) {
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    double *mean = pool_take(&pool, m->file.C, sizeof *mean), bias_mean;
+    patch_status s;
+    Work w;
+
+    if (mean == NULL)
+        return pool_end(&pool, no_memory(e, "logits", pool.refused));
+    if ((s = work_begin(&w, m, &pool, NULL, e)) == PATCH_OK) {
+        if (!vocabulary_mean(&w, mean, &bias_mean))
+            s = unreadable(m, e);
+        else
+            s = all_logits(&w, rows, NULL, n, mean, bias_mean, logits, e);
+    }
+    return pool_end(&pool, s);
+}
+
+/* One number wanted: the metric of a run for an example, whose clean run KL compares with. */
+typedef struct Wanted {
+    int run, example, clean;
+    int id;   /* set: equal where the final rows are the same row */
+    int same; /* set: an earlier one of the same row and example, hence the same value; -1: none */
+} Wanted;
+
+/* The logit of the answer, or its difference from the wrong answer's, of rows [n,C]. */
+static patch_status linear_metric(const Work *w, patch_metric metric, const patch_example *examples,
+                                  const Wanted *wanted, size_t n, const float *rows, double *values,
+                                  patch_error *e) {
+    const size_t C = w->m->file.C;
+    double *direction = pool_take(w->pool, C, sizeof *direction);
+    double *other = pool_take(w->pool, C, sizeof *other), bias = 0, other_bias = 0;
+    size_t i, k;
+
+    if (!direction || !other)
+        return no_memory(e, "metric", w->pool->refused);
+    if (metric == PATCH_LOGIT && !vocabulary_mean(w, other, &other_bias))
+        return unreadable(w->m, e);
+    for (i = 0; i < n; i++) {
+        const patch_example *x = &examples[wanted[i].example];
+
+        values[i] = 0;
+        if (i == 0 || wanted[i].example != wanted[i - 1].example) {
+            if (!unembed_column(w, x->answer, direction, &bias) ||
+                (metric == PATCH_LOGIT_DIFF && !unembed_column(w, x->wrong, other, &other_bias)))
+                return unreadable(w->m, e);
+            for (k = 0; k < C; k++)
+                direction[k] -= other[k];
+        }
+        for (k = 0; k < C; k++)
+            values[i] += (double)rows[i * C + k] * direction[k];
+        values[i] += bias - other_bias;
+    }
+    return PATCH_OK;
+}
+
+/* A row of logits [V] as a distribution: logits[v] - log_sum is the log-probability. */
+static double log_sum(const Kernels *k, const float *logits, float *scratch, size_t V) {
+    float most = logits[0];
+    double sum = 0;
+    size_t v;
+
+    for (v = 1; v < V; v++)
+        most = logits[v] > most ? logits[v] : most;
+    memcpy(scratch, logits, V * sizeof *scratch);
+    k->exponentials(scratch, V, most);
+    for (v = 0; v < V; v++)
+        sum += (double)scratch[v];
+    return (double)most + log(sum);
+}
+
+/* A metric of one row of logits; clean and clean_sum (KL): the clean run's logits and log_sum. */
+static double row_metric(const Work *w, patch_metric metric, const float *logits, int answer,
+                         const float *clean, double clean_sum, float *scratch) {
+    const size_t V = w->m->file.V;
+    const double total = metric == PATCH_RANK ? 0 : log_sum(w->m->kernels, logits, scratch, V);
+    double sum = 0;
+    size_t v;
+
+    switch (metric) {
+    case PATCH_PROB: return exp((double)logits[answer] - total);
+    case PATCH_LOGPROB: return (double)logits[answer] - total;
+    case PATCH_RANK:
+        for (v = 0; v < V; v++)
+            sum += logits[v] > logits[answer];
+        return sum;
+    default: /* KL: sum p_clean (ln p_clean - ln p) */
+        for (v = 0; v < V; v++) {
+            const double log_clean = (double)clean[v] - clean_sum;
+
+            sum += exp(log_clean) * (log_clean - ((double)logits[v] - total));
+        }
+        return sum;
+    }
+}
+
+enum { LOGIT_ROWS = 128 }; /* rows whose logits are held at once */
+
+/* Metrics of the whole distribution. Rows go through the unembedding in chunks; with KL each example's
+   part of a chunk is led by its clean row, which stands at rows[n + i]. */
+static patch_status distribution_metric(const Work *w, patch_metric metric,
+                                        const patch_example *examples, const Wanted *wanted,
+                                        size_t n, const float *rows, double *values,
+                                        patch_error *e) {
+    const size_t V = w->m->file.V, most = n + 1 < LOGIT_ROWS ? n + 1 : LOGIT_ROWS;
+    float *logits = pool_take(w->pool, most * V, sizeof *logits);
+    float *scratch = pool_take(w->pool, V, sizeof *scratch);
+    double *mean = pool_take(w->pool, w->m->file.C, sizeof *mean), bias_mean, clean_sum = 0;
+    int index[LOGIT_ROWS], item[LOGIT_ROWS]; /* rows, and which number each gives, -1: a clean row */
+    patch_status s = PATCH_OK;
+    size_t i = 0, k, m;
+
+    if (!logits || !scratch || !mean)
+        return no_memory(e, "metric", w->pool->refused);
+    if (!vocabulary_mean(w, mean, &bias_mean))
+        return unreadable(w->m, e);
+    while (s == PATCH_OK && i < n) {
+        const float *clean = logits;
+
+        for (m = 0; i < n && m + 2 <= most; i++) {
+            if (wanted[i].same >= 0)
+                continue;
+            if (metric == PATCH_KL &&
+                (m == 0 || wanted[i].example != wanted[item[m - 1]].example)) {
+                item[m] = -1;
+                index[m++] = (int)(n + i);
+            }
+            item[m] = (int)i;
+            index[m++] = (int)i;
+        }
+        s = m ? all_logits(w, rows, index, m, mean, bias_mean, logits, e) : PATCH_OK;
+        for (k = 0; k < m && s == PATCH_OK; k++) {
+            const float *row = logits + k * V;
+
+            if (item[k] >= 0)
+                values[item[k]] =
+                    row_metric(w, metric, row, examples[wanted[item[k]].example].answer, clean,
+                               clean_sum, scratch);
+            else
+                clean_sum = log_sum(w->m->kernels, clean = row, scratch, V);
+        }
+    }
+    for (i = 0; i < n && s == PATCH_OK; i++)
+        if (wanted[i].same >= 0)
+            values[i] = values[wanted[i].same];
+    return s;
+}
+
+/* Find the wanted numbers that are equal by construction: those of one example and one row. A table of
+   all rows remembers who had each last. */
+static int find_same(Pool *pool, Wanted *wanted, const patch_read *reads, size_t n) {
+    size_t i, most = 0;
+    int *last; /* [rows] number of the wanted one + 1 */
+
+    for (i = 0; i < n; i++)
+        most = (size_t)reads[i].id > most ? (size_t)reads[i].id : most;
+    if ((last = pool_take(pool, most + 1, sizeof *last)) == NULL)
+        return 0;
+    for (i = 0; i < n; i++) {
+        int *who = &last[reads[i].id];
+
+        wanted[i].id = reads[i].id;
+        wanted[i].same = *who > 0 && wanted[*who - 1].example == wanted[i].example ? *who - 1 : -1;
+        if (wanted[i].same < 0)
+            *who = (int)i + 1;
+    }
+    return 1;
+}
+
+/* Carry the runs through the model and take the metric of each wanted one, values [n]: what every
+   analysis comes down to. */
+static patch_status score_runs(const Model *m, Pool *pool, const patch_run *runs, size_t n_runs,
+                               Wanted *wanted, size_t n, const patch_example *examples,
+                               patch_metric metric, int share, double *values, patch_stats *stats,
+                               patch_error *e) {
+    const size_t n_reads = metric == PATCH_KL ? 2 * n : n, C = m->file.C;
+    float *rows = pool_take(pool, n_reads * C, sizeof *rows);
+    patch_read *reads = pool_take(pool, n_reads, sizeof *reads);
+    patch_status s;
+    double started;
+    size_t i;
+    Work w;
+
+    if (!rows || !reads)
+        return no_memory(e, "results", pool->refused);
+    for (i = 0; i < n_reads; i++) {
+        reads[i].hook = PATCH_LN_FINAL_NORMALIZED;
+        reads[i].run = i < n ? wanted[i].run : wanted[i - n].clean;
+        reads[i].pos = runs[reads[i].run].n_tokens - 1;
+        reads[i].out = rows + i * C;
+    }
+    if ((s = execute(m, pool, runs, n_runs, reads, n_reads, share, stats, e)) != PATCH_OK)
+        return s;
+    started = now();
+    if (!find_same(pool, wanted, reads, n))
+        return no_memory(e, "results", pool->refused);
+    if ((s = work_begin(&w, m, pool, stats, e)) != PATCH_OK)
+        return s;
+    s = metric == PATCH_LOGIT || metric == PATCH_LOGIT_DIFF
+            ? linear_metric(&w, metric, examples, wanted, n, rows, values, e)
+            : distribution_metric(&w, metric, examples, wanted, n, rows, values, e);
+    if (stats != NULL)
+        stats->seconds_metric += now() - started;
+    return s;
+}
+
+/* ==== 10. Patching ===============================================================================
+   A sweep is a list of cells. For each example and cell there is one run more: the corrupted prompt
+   with the clean run's activation put in (denoising), or the other way round (noising). All of them are
+   given to the engine at once, or in groups where memory is bounded; what they share, and what costs
+   nothing, it finds out by itself. */
+
+enum { STANDARD_LIMIT = 192 << 20 }; /* bytes of plan and rows where max_memory does not say */
+
+static patch_status check_examples(const Model *m, const patch_example *x, size_t n,
+                                   patch_metric metric, int both, patch_error *e) {
+    size_t run;
+
+    if ((int)metric < 0 || metric > PATCH_RANK)
+        return fail(e, PATCH_E_USAGE, "metric", "unknown metric %d; see patch_metric", (int)metric);
+    for (run = 0; run < n; run++) {
+        WITHIN("number of prompts",
+               (x[run].clean != NULL) + (!both || x[run].corrupted != NULL), 2, 2);
+        WITHIN("answer", x[run].answer, 0, m->dims.d_vocab - 1);
+        if (metric == PATCH_LOGIT_DIFF)
+            WITHIN("wrong answer", x[run].wrong, 0, m->dims.d_vocab - 1);
+    }
+    return PATCH_OK;
+}
+
+/* Two runs of an example, clean and corrupted (clean again where there is none), into runs[0] and [1],
+   and that both are wanted. */
+static void both_runs(const patch_example *x, int example, int first, patch_run *runs,
+                      Wanted *wanted) {
+    int side;
+
+    for (side = 0; side < 2; side++) {
+        runs[side].tokens = side && x->corrupted ? x->corrupted : x->clean;
+        runs[side].n_tokens = x->n_tokens;
+        wanted[side].run = first + side;
+        wanted[side].clean = first;
+        wanted[side].example = example;
+    }
+}
+
+/* ---- the plain way: --brute ---- */
+
+/* The edits that set a cell of one run to the values cached from the other run at the cell's hook point
+   and layer: values [T,width], or [H,T,T] of scores and pattern. Returns how many: one, or one a
+   head. */
+static int set_edits(const Model *m, const patch_cell *c, const float *values, size_t T,
+                     patch_edit *out) {
+    const int square = hook_facts[c->hook].shape == 'P', all_heads = square && c->head < 0;
+    const size_t width = square ? T : hook_width(m, (int)c->hook, T);
+    const size_t part = hook_facts[c->hook].shape == 'R' ? m->file.C : m->file.D;
+    const int n = all_heads ? m->dims.n_heads : 1;
+    int i;
+
+    for (i = 0; i < n; i++) {
+        const size_t head = all_heads ? (size_t)i : c->head < 0 ? 0 : (size_t)c->head;
+
+        memset(&out[i], 0, sizeof out[i]);
+        out[i].hook = c->hook;
+        out[i].op = PATCH_SET;
+        out[i].layer = c->layer;
+        out[i].pos = c->pos;
+        out[i].head = all_heads ? i : c->head;
+        out[i].src = c->src;
+        out[i].stride = width;
+        out[i].values = values + head * (square ? T * T : part) +
+                        (c->pos < 0 ? 0 : (size_t)c->pos) * width +
+                        (c->src < 0 ? 0 : (size_t)c->src);
+    }
+    return n;
+}
+
+/* The notebook's loop, one item after the other: run the source prompt whole and cache the cell's hook
+   point (once for neighbouring cells of one layer); run the other prompt whole with the cached values
+   set. Nothing is shared, nothing left out, and nothing is taken from this chapter's fast way. */
+static patch_status brute_items(const Model *m, const patch_example *examples,
+                                const patch_cell *cells, size_t n_cells,
+                                const patch_cells_options *o, size_t first, size_t end,
+                                double *values, patch_stats *stats, patch_error *e) {
+    const patch_cell *cached = NULL;
+    Pool cache = pool_begin(&m->allocator, SIZE_MAX / 2);
+    patch_edit edits[MAX_HEADS];
+    patch_status s = PATCH_OK;
+    float *seen = NULL;
+    size_t item;
+
+    for (item = first; item < end && s == PATCH_OK; item++) {
+        const patch_example *x = &examples[item / n_cells];
+        const patch_cell *c = &cells[item % n_cells];
+        const size_t T = (size_t)x->n_tokens;
+        Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+        patch_run runs[2];
+        Wanted wanted[2];
+
+        if ((s = check_slice(m, item, (int)c->hook, c->layer, c->pos, c->head, c->src,
+                             x->n_tokens, e)) != PATCH_OK)
+            break;
+        memset(runs, 0, sizeof runs);
+        both_runs(x, 0, 0, runs, wanted);
+        if (item % n_cells == 0 || cached == NULL || cached->hook != c->hook ||
+            cached->layer != c->layer) {
+            patch_read read = {c->hook, c->layer, 0, -1, NULL, 0};
+
+            pool_give(&cache, seen);
+            seen = read.out = pool_take(&cache, T * hook_width(m, (int)c->hook, T), sizeof *seen);
+            s = seen == NULL ? no_memory(e, "brute", cache.refused)
+                             : execute(m, &pool, &runs[o->noising ? 1 : 0], 1, &read, 1, 0, stats, e);
+            cached = c;
+        }
+        if (s == PATCH_OK) { /* run 0 stays clean, for KL; run 1 is patched */
+            runs[1].tokens = o->noising ? x->clean : x->corrupted;
+            runs[1].edits = edits;
+            runs[1].n_edits = set_edits(m, c, seen, T, edits);
+            wanted[1].clean = 0;
+            s = score_runs(m, &pool, runs, 2, wanted + 1, 1, x, o->metric, 0, values + item, stats, e);
+        }
+        s = pool_end(&pool, s);
+    }
+    return pool_end(&cache, s);
+}
+
+/* ---- the fast way ---- */
+
+/* Items first .. first + n - 1, in one pass. Runs: two an example, then one an item. */
+static patch_status patch_group(const Model *m, Pool *pool, const patch_example *x,
+                                const patch_cell *cells, size_t n_cells,
+                                const patch_cells_options *o, size_t first, size_t n,
+                                double *values, patch_stats *stats, patch_error *e) {
+    const size_t from = first / n_cells, bases = 2 * ((first + n - 1) / n_cells - from + 1);
+    patch_run *runs = pool_take(pool, bases + n, sizeof *runs);
+    patch_edit *edits = pool_take(pool, n, sizeof *edits);
+    Wanted *wanted = pool_take(pool, bases + n, sizeof *wanted);
+    double *found = pool_take(pool, bases + n, sizeof *found);
+    patch_status s;
+    size_t i;
+
+    if (!runs || !edits || !wanted || !found)
+        return no_memory(e, "group", pool->refused);
+    for (i = 0; i < bases; i += 2)
+        both_runs(&x[from + i / 2], (int)(i / 2), (int)i, runs + i, wanted + i);
+    for (i = 0; i < n; i++) {
+        const int base = (int)(2 * ((first + i) / n_cells - from));
+        const patch_cell *c = &cells[(first + i) % n_cells];
+        Wanted *w = &wanted[bases + i];
+
+        edits[i].hook = c->hook;
+        edits[i].op = PATCH_COPY;
+        edits[i].layer = c->layer;
+        edits[i].pos = c->pos;
+        edits[i].head = c->head;
+        edits[i].src = c->src;
+        edits[i].source = base + (o->noising ? 1 : 0);
+        runs[bases + i] = runs[base + (o->noising ? 0 : 1)];
+        runs[bases + i].edits = &edits[i];
+        runs[bases + i].n_edits = (int)c->hook >= 0;
+        w->run = (int)(bases + i);
+        w->example = base / 2;
+        w->clean = base;
+    }
+    s = score_runs(m, pool, runs, bases + n, wanted, bases + n, x + from, o->metric, 1, found,
+                   stats, e);
+    if (s != PATCH_OK)
+        return s;
+    memcpy(values + first, found + bases, n * sizeof *values);
+    if (o->unpatched != NULL)
+        memcpy(o->unpatched + 2 * from, found, bases * sizeof *values);
+    for (i = 0; stats != NULL && i < n; i++)
+        stats->cells_skipped += wanted[bases + i].id ==
+                                wanted[2 * wanted[bases + i].example + (o->noising ? 0 : 1)].id;
+    return PATCH_OK;
+}
+
+/* How many items to try first: 16 times as many as would fit if they shared nothing. Too many costs no
+   more than a plan that is given up. */
+static size_t first_guess(const Model *m, const patch_example *x, size_t n, size_t limit) {
+    size_t T = 1, i;
+
+    for (i = 0; i < n; i++)
+        T = (size_t)x[i].n_tokens > T ? (size_t)x[i].n_tokens : T;
+    T *= m->file.L * STAGES * sizeof(Node) + (6 * m->file.C + m->file.M) * sizeof(float);
+    return 16 * (limit / T) + 1;
+}
+
+patch_status patch_cells(const patch_model *m, const patch_example *x, size_t n,
+                         const patch_cell *cells, size_t n_cells, const patch_cells_options *o,
+                         double *values, patch_stats *stats, patch_error *e) {
+    const size_t limit = memory_limit(m, STANDARD_LIMIT);
+    size_t at = o->first, end, some, group = first_guess(m, x, n, limit), run = 0;
+    patch_status s = check_examples(m, x, n, o->metric, n_cells > 0 && (int)cells[0].hook >= 0, e);
+
+    if (s != PATCH_OK || n == 0 || n_cells == 0)
+        return s;
+    WITHIN("number of examples", n, 1, LONG_MAX / 64 / (long)n_cells);
+    WITHIN("first item", at, 0, n * n_cells - 1);
+    end = o->count == 0 || o->count > n * n_cells - at ? n * n_cells : at + o->count;
+    if (stats != NULL)
+        stats->cells += (double)(end - at);
+    while (at < end) {
+        Pool pool = pool_begin(&m->allocator, limit);
+
+        some = o->brute ? 1 : end - at < group ? end - at : group;
+        s = o->brute ? brute_items(m, x, cells, n_cells, o, at, end, values, stats, e)
+                     : patch_group(m, &pool, x, cells, n_cells, o, at, some, values, stats, e);
+        pool_end(&pool, s);
+        if (s == PATCH_E_MEMORY && some > 1) { /* too many at once: try half of them */
+            group = (some + 1) / 2;
+            continue;
+        }
+        some = o->brute ? end - at : some;
+        if (s == PATCH_OK && o->done != NULL)
+            s = o->done(o->ctx, at, some, values + at, e);
+        if (s != PATCH_OK)
+            return s;
+        at += some;
+    }
+    return PATCH_OK;
+}
+
+/* A sweep of one cell that changes nothing. */
+patch_status patch_measure(const patch_model *m, const patch_example *x, size_t n,
+                           patch_metric metric, double *out, patch_stats *stats, patch_error *e) {
+    const patch_cell nothing = {(patch_hook)-1, 0, 0, 0, 0};
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    double *values = pool_take(&pool, n, sizeof *values);
+    patch_cells_options o;
+    patch_status s;
+    size_t i;
+
+    memset(&o, 0, sizeof o);
+    o.metric = metric;
+    o.unpatched = out;
+    s = values == NULL ? no_memory(e, "metric", pool.refused)
+                       : patch_cells(m, x, n, &nothing, 1, &o, values, stats, e);
+    for (i = 0; s == PATCH_OK && i < n; i++)
+        if (x[i].corrupted == NULL)
+            out[2 * i + 1] = (double)NAN;
+    return pool_end(&pool, s);
+}
+
+/* ---- the sweeps of transformer_lens.patching, a line each ---- */
+
+/* Letters of the axes: l layer, p pos, h head, d dest, s src. Several hook points make a `kind` axis. */
+static const struct SweepRule {
+    const char *name, *axes;
+    int n_hooks;
+    patch_hook hooks[5];
+} sweep_rules[] = {
+    {"resid_pre", "lp", 1, {PATCH_RESID_PRE}},
+    {"resid_mid", "lp", 1, {PATCH_RESID_MID}},
+    {"resid_post", "lp", 1, {PATCH_RESID_POST}},
+    {"attn_out", "lp", 1, {PATCH_ATTN_OUT}},
+    {"mlp_out", "lp", 1, {PATCH_MLP_OUT}},
+    {"attn_head_out_by_pos", "lph", 1, {PATCH_Z}},
+    {"attn_head_q_by_pos", "lph", 1, {PATCH_Q}},
+    {"attn_head_k_by_pos", "lph", 1, {PATCH_K}},
+    {"attn_head_v_by_pos", "lph", 1, {PATCH_V}},
+    {"attn_head_pattern_by_pos", "lhd", 1, {PATCH_PATTERN}},
+    {"attn_head_pattern_dest_src_pos", "lhds", 1, {PATCH_PATTERN}},
+    {"attn_head_out_all_pos", "lh", 1, {PATCH_Z}},
+    {"attn_head_q_all_pos", "lh", 1, {PATCH_Q}},
+    {"attn_head_k_all_pos", "lh", 1, {PATCH_K}},
+    {"attn_head_v_all_pos", "lh", 1, {PATCH_V}},
+    {"attn_head_pattern_all_pos", "lh", 1, {PATCH_PATTERN}},
+    {"attn_head_all_pos_every", "lh", 5, {PATCH_Z, PATCH_Q, PATCH_K, PATCH_V, PATCH_PATTERN}},
+    {"attn_head_by_pos_every", "lph", 5, {PATCH_Z, PATCH_Q, PATCH_K, PATCH_V, PATCH_PATTERN}},
+    {"block_every", "lp", 3, {PATCH_RESID_PRE, PATCH_ATTN_OUT, PATCH_MLP_OUT}},
+};
+
+const char *patch_sweep_name(size_t i) {
+    return i < sizeof sweep_rules / sizeof sweep_rules[0] ? sweep_rules[i].name : NULL;
+}
+
+patch_status patch_sweep_cells(const patch_model *m, const char *sweep, int n_tokens, patch_shape *shape,
+                               patch_cell *cells, patch_error *e) {
+    const struct SweepRule *rule = NULL;
+    const char *axis;
+    size_t i, k;
+
+    for (i = 0; i < sizeof sweep_rules / sizeof sweep_rules[0]; i++)
+        if (strcmp(sweep, sweep_rules[i].name) == 0)
+            rule = &sweep_rules[i];
+    if (rule == NULL)
+        return fail(e, PATCH_E_USAGE, sweep, "no sweep has this name; see `actpatch patch -h`");
+    memset(shape, 0, sizeof *shape);
+    shape->n_cells = (size_t)rule->n_hooks;
+    if (rule->n_hooks > 1) {
+        shape->axes[0] = "kind";
+        shape->size[shape->rank++] = (size_t)rule->n_hooks;
+    }
+    for (axis = rule->axes; *axis != 0; axis++) {
+        const size_t size = *axis == 'l' ? m->file.L : *axis == 'h' ? m->file.H : (size_t)n_tokens;
+
+        shape->axes[shape->rank] = *axis == 'l'   ? "layer"
+                                   : *axis == 'h' ? "head"
+                                   : *axis == 'p' ? "pos"
+                                   : *axis == 'd' ? "dest"
+                                                  : "src";
+        shape->size[shape->rank++] = size;
+        shape->n_cells *= size;
+    }
+    for (i = 0; cells != NULL && i < shape->n_cells; i++) {
+        size_t rest = i;
+
+        cells[i].layer = 0;
+        cells[i].pos = cells[i].head = cells[i].src = -1;
+        for (k = strlen(rule->axes); k-- > 0;) {
+            const size_t size = shape->size[k + (rule->n_hooks > 1)];
+            const int index = (int)(rest % size);
+
+            *(rule->axes[k] == 'l'   ? &cells[i].layer
+              : rule->axes[k] == 'h' ? &cells[i].head
+              : rule->axes[k] == 's' ? &cells[i].src
+                                     : &cells[i].pos) = index;
+            rest /= size;
+        }
+        cells[i].hook = rule->hooks[rest];
+    }
+    return PATCH_OK;
+}
+
+/* ==== 12. Writers ================================================================================ */
+
+/* One axis of a table. labels[i] are text for people (a token as "|to|_14", a head as "H3"), escaped
+   by each writer as its format wants; NULL: the numbers 0..size-1. */
+typedef struct Axis {
+    const char *name; /* example, kind, layer, pos, head, dest, src, part */
+    size_t size;
+    char **labels;
+} Axis;
+
+/* One result, ready to be written: what every format is made from. */
+typedef struct Table {
+    const char *command;   /* "patch" */
+    const char *name;      /* "resid_pre": the file's suffix where one call makes several */
+    const char *metric;    /* "logit_diff", NULL: none */
+    const char *direction; /* "denoising", "noising", NULL: none */
+    int normalized;
+    int rank;
+    Axis axis[6];
+    const double *values; /* row-major over the axes */
+    double range;         /* --range: where the colours end; 0: at the largest value */
+    int has_baseline;
+    double clean, corrupted;  /* the unpatched means */
+    /* Token texts, the model's own bytes: of the first clean example, by position; n_tokens of them. */
+    const char *const *tokens;
+    const size_t *token_bytes;
+    size_t n_tokens;
+    const char *json_tokens;   /* {"clean":[[...]],"corrupted":[[...]]}, NULL: none */
+    const char *json_settings; /* a JSON object, NULL: none */
+    const char *model;         /* SHA-256 in hexadecimal, NULL: none */
+    const char *json_stats;    /* a JSON object, NULL: none */
+} Table;
+
+/* Formats, by file ending; one line each (FORMATS in this chapter). Each writer has this form and
+   reports trouble only through ferror(f). */
+typedef void (*TableWriter)(FILE *f, const Table *t);
+
+/* ---- 12.1 Text: escapes and numbers ----------------------------------------------------------------
+   Tokens are bytes: half a character, a control byte, a tab. Each format shows or escapes them in its
+   own way. */
+
+static const patch_allocator HEAP = {default_alloc, default_free, NULL};
+
+/* utf8_next (chapter 4) over char. */
+static uint32_t next_char(const char *text, size_t n, size_t *length) {
+    return utf8_next((const unsigned char *)text, n, length);
+}
+
+#define ESCAPE_ROOM 9 /* the longest piece is a control character of two bytes, \xC2\x85, and a NUL */
+
+/* The first character of text[0..n), n > 0, as one line can show it: \n \t \r \\, and \xHH for every
+   other control or invalid byte. Returns how many bytes of text it stands for. */
+static size_t escape_next(const char *text, size_t n, char piece[ESCAPE_ROOM]) {
+    static const char plain[] = "\n\t\r\\", letters[] = "ntr\\";
+    const char *found = text[0] != '\0' ? strchr(plain, text[0]) : NULL;
+    size_t i, length;
+    uint32_t code = next_char(text, n, &length);
+
+    if (found != NULL) {
+        snprintf(piece, ESCAPE_ROOM, "\\%c", letters[found - plain]);
+    } else if (code == UTF8_INVALID || code < 0x20 || (code >= 0x7F && code < 0xA0)) {
+        for (i = 0; i < length; i++)
+            snprintf(piece + 4 * i, 5, "\\x%02X", (unsigned)(unsigned char)text[i]);
+    } else {
+        memcpy(piece, text, length);
+        piece[length] = '\0';
+    }
+    return length;
+}
+
+#define NUMBER_ROOM 32
+
+/* A number as every text shows it; NaN without the sign that it may have by chance. */
+static const char *number_text(double v, char text[NUMBER_ROOM]) {
+    if (isnan(v))
+        return "nan";
+    snprintf(text, NUMBER_ROOM, "%.9g", v);
+    return text;
+}
+
+/* JSON has neither NaN nor infinities. */
+static void json_number(FILE *f, double v) {
+    char text[NUMBER_ROOM];
+
+    fputs(isfinite(v) ? number_text(v, text) : "null", f);
+}
+
+/* n bytes as a JSON string; each byte that is no UTF-8 becomes U+FFFD. */
+static void json_string(FILE *f, const char *text, size_t n) {
+    size_t i, length;
+
+    fputc('"', f);
+    for (i = 0; i < n; i += length) {
+        const uint32_t code = next_char(text + i, n - i, &length);
+
+        if (code == UTF8_INVALID)
+            fputs("\xEF\xBF\xBD", f);
+        else if (code < 0x20)
+            fprintf(f, "\\u%04x", (unsigned)code);
+        else if (code == '"' || code == '\\')
+            fprintf(f, "\\%c", text[i]);
+        else
+            fwrite(text + i, 1, length, f);
+    }
+    fputc('"', f);
+}
+
+/* ---- 12.2 Arrays: .npy and .safetensors ------------------------------------------------------- */
+
+/* The low n bytes of bits, least significant first, whatever the machine's own order. */
+static void put_little(FILE *f, uint64_t bits, int n) {
+    for (; n > 0; n--, bits >>= 8)
+        fputc((int)(bits & 0xFF), f);
+}
+
+/* n float32, as they are where the machine is little-endian: caches have gigabytes. */
+static void put_floats(FILE *f, const float *values, size_t n) {
+    uint32_t bits;
+    size_t i;
+
+    if (!big_endian()) {
+        fwrite(values, sizeof *values, n, f);
+        return;
+    }
+    for (i = 0; i < n; i++) {
+        memcpy(&bits, &values[i], 4);
+        put_little(f, bits, 4);
+    }
+}
+
+static size_t table_size(const Table *t) {
+    size_t n = 1;
+    int k;
+
+    for (k = 0; k < t->rank; k++)
+        n *= t->axis[k].size;
+    return n;
+}
+
+/* numpy's format, version 1: magic, version, the length of the head in two bytes, the head as a Python
+   dictionary padded with spaces to a multiple of 64 bytes in all, then float32 in C order. */
+static void write_npy(FILE *f, const Table *t) {
+    char head[256] = "{'descr': '<f4', 'fortran_order': False, 'shape': (";
+    size_t i, used = strlen(head), n = table_size(t);
+    int k, padded;
+
+    for (k = 0; k < t->rank; k++)
+        used += (size_t)snprintf(head + used, sizeof head - used, k ? ", %lu" : "%lu",
+                                 (unsigned long)t->axis[k].size);
+    used += (size_t)snprintf(head + used, sizeof head - used, t->rank == 1 ? ",), }" : "), }");
+    padded = ((int)used + 11 + 63) / 64 * 64 - 11; /* ten bytes before it, a newline behind it */
+    fwrite("\x93NUMPY\x01\x00", 1, 8, f);
+    put_little(f, (uint64_t)padded + 1, 2);
+    fprintf(f, "%-*s\n", padded, head);
+    for (i = 0; i < n; i++) {
+        const float value = isnan(t->values[i]) ? NAN : (float)t->values[i];
+
+        put_floats(f, &value, 1);
+    }
+}
+
+/* The head of a .safetensors file: its length in eight bytes, then JSON that names each tensor's type,
+   shape and place among the data, padded with spaces so that these are aligned. Call begin, entry for
+   every tensor, end (the file must be able to seek); then write the data in the same order. *offset
+   starts at 0. */
+static void safetensors_begin(FILE *f) {
+    put_little(f, 0, 8); /* known at the end */
+    fputc('{', f);
+}
+
+static void safetensors_entry(FILE *f, const char *name, const char *type, int rank,
+                              const size_t *shape, uint64_t *offset) {
+    const uint64_t begin = *offset;
+    uint64_t bytes = strcmp(type, "I64") == 0 ? 8 : 4;
+    int k;
+
+    fprintf(f, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[", begin ? "," : "", name, type);
+    for (k = 0; k < rank; k++) {
+        fprintf(f, k ? ",%lu" : "%lu", (unsigned long)shape[k]);
+        bytes *= shape[k];
+    }
+    *offset = begin + bytes;
+    fprintf(f, "],\"data_offsets\":[%.0f,%.0f]}", (double)begin, (double)*offset);
+}
+
+static void safetensors_end(FILE *f) {
+    long end;
+
+    fputc('}', f);
+    for (end = ftell(f); end > 0 && end % 8 != 0; end++)
+        fputc(' ', f);
+    fseek(f, 0, SEEK_SET);
+    put_little(f, (uint64_t)end - 8, 8);
+    fseek(f, 0, SEEK_END);
+}
+
+/* ---- 12.3 Tables as text: .csv and .json ------------------------------------------------------ */
+
+/* What a table's name is: a sweep's table has a direction. */
+static const char *name_key(const Table *t) {
+    return t->direction != NULL ? "sweep" : "table";
+}
+
+/* Index i of an axis as text: its label, else the number. */
+static const char *axis_text(const Axis *axis, size_t i, char number[NUMBER_ROOM]) {
+    if (axis->labels != NULL)
+        return axis->labels[i];
+    snprintf(number, NUMBER_ROOM, "%lu", (unsigned long)i);
+    return number;
+}
+
+/* The indices of value number i, row-major. */
+static void table_index(const Table *t, size_t i, size_t index[6]) {
+    int k;
+
+    for (k = t->rank - 1; k >= 0; k--) {
+        index[k] = i % t->axis[k].size;
+        i /= t->axis[k].size;
+    }
+}
+
+/* RFC 4180: quoted where it holds a comma, a quote, a line break or a space. */
+static void csv_field(FILE *f, const char *text, size_t n) {
+    size_t i, length;
+    int quoted = 0;
+
+    for (i = 0; i < n && !quoted; i++)
+        quoted = text[i] != '\0' && strchr(", \"\n\r", text[i]) != NULL;
+    fputs(quoted ? "\"" : "", f);
+    for (i = 0; i < n; i += length) {
+        if (next_char(text + i, n - i, &length) == UTF8_INVALID)
+            fputs("\xEF\xBF\xBD", f);
+        else
+            fwrite(text + i, 1, length, f);
+        fputs(text[i] == '"' ? "\"" : "", f);
+    }
+    fputs(quoted ? "\"" : "", f);
+}
+
+/* One line a value: name, an index for each axis (kinds and parts by name), the token at pos, else at
+   dest, and the value. */
+static void write_csv(FILE *f, const Table *t) {
+    size_t i, n = table_size(t), index[6], at = 0;
+    int k, words[6], token_axis = -1;
+    char number[NUMBER_ROOM];
+
+    fputs(name_key(t), f);
+    for (k = 0; k < t->rank; k++) {
+        const char *name = t->axis[k].name;
+
+        fprintf(f, ",%s", name);
+        words[k] = t->axis[k].labels != NULL && (!strcmp(name, "kind") || !strcmp(name, "part"));
+        if (!strcmp(name, "pos") || !strcmp(name, "dest"))
+            token_axis = k;
+    }
+    fputs(",token,value\n", f);
+    for (i = 0; i < n; i++) {
+        table_index(t, i, index);
+        fputs(t->name, f);
+        for (k = 0; k < t->rank; k++) {
+            const char *word = words[k] ? t->axis[k].labels[index[k]] : NULL;
+
+            fputc(',', f);
+            if (word != NULL)
+                csv_field(f, word, strlen(word));
+            else
+                fprintf(f, "%lu", (unsigned long)index[k]);
+        }
+        fputc(',', f);
+        if (token_axis >= 0 && (at = index[token_axis]) < t->n_tokens)
+            csv_field(f, t->tokens[at], t->token_bytes[at]);
+        fprintf(f, ",%s\n", number_text(t->values[i], number));
+    }
+}
+
+/* ,"key":value of JSON that is there already, or of text to be quoted; nothing where it is NULL. */
+static void json_member(FILE *f, const char *key, const char *value, int quoted) {
+    if (value == NULL)
+        return;
+    fprintf(f, ",\n\"%s\":", key);
+    if (quoted)
+        json_string(f, value, strlen(value));
+    else
+        fputs(value, f);
+}
+
+static void json_axes(FILE *f, const Table *t) {
+    char number[NUMBER_ROOM];
+    size_t i;
+    int k;
+
+    fputs(",\n\"axes\":[", f);
+    for (k = 0; k < t->rank; k++)
+        fprintf(f, "%s\"%s\"", k ? "," : "", t->axis[k].name);
+    fputs("],\n\"shape\":[", f);
+    for (k = 0; k < t->rank; k++)
+        fprintf(f, "%s%lu", k ? "," : "", (unsigned long)t->axis[k].size);
+    fputs("],\n\"labels\":{", f);
+    for (k = 0; k < t->rank; k++) {
+        fprintf(f, "%s\"%s\":", k ? ",\n" : "", t->axis[k].name);
+        for (i = 0; i < t->axis[k].size; i++) {
+            const char *text = axis_text(&t->axis[k], i, number);
+
+            fputc(i ? ',' : '[', f);
+            json_string(f, text, strlen(text));
+        }
+        fputc(']', f);
+    }
+    fputc('}', f);
+}
+
+static void write_json(FILE *f, const Table *t) {
+    size_t i, n = table_size(t);
+
+    fprintf(f, "{\"command\":\"%s\"", t->command);
+    json_member(f, name_key(t), t->name, 1);
+    json_member(f, "metric", t->metric, 1);
+    json_member(f, "direction", t->direction, 1);
+    json_member(f, "normalized", t->normalized ? "true" : "false", 0);
+    json_axes(f, t);
+    json_member(f, "tokens", t->json_tokens, 0);
+    fputs(",\n\"values\":", f);
+    for (i = 0; i < n; i++) {
+        fputc(i ? ',' : '[', f);
+        json_number(f, t->values[i]);
+    }
+    fputc(']', f);
+    if (t->has_baseline) {
+        fputs(",\n\"clean\":", f);
+        json_number(f, t->clean);
+        fputs(",\n\"corrupted\":", f);
+        json_number(f, t->corrupted);
+    }
+    json_member(f, "settings", t->json_settings, 0);
+    json_member(f, "model", t->model, 1);
+    json_member(f, "stats", t->json_stats, 0);
+    fputs("}\n", f);
+}
+
+/* ---- 12.6 One colour scale ---------------------------------------------------------------------
+   For every picture, the terminal's too. RdBu as in the patching papers, blue positive, symmetric
+   about 0 and its middle made pure white; for causal tracing Purples, Greens and Reds from a low
+   value upwards. ColorBrewer's stops in equal steps from lo to hi, linear in between, rounded to 8
+   bits. To read a colour back, project it onto each segment between neighbouring stops and keep the
+   nearest: segment i and place u in 0..1 there give lo + (hi - lo) (i + u) / (n_stops - 1), wrong
+   by less than 1/400 of hi - lo (RdBu) or 1/200 (the others, which begin pale). */
+
+typedef struct Scale {
+    double lo, hi; /* the values of the first and the last stop; lo < hi */
+    int n_stops;
+    const unsigned char (*stops)[3];
+} Scale;
+
+static const unsigned char rdbu[11][3] = {
+    {103, 0, 31},    {178, 24, 43},   {214, 96, 77},   {244, 165, 130}, {253, 219, 199},
+    {255, 255, 255}, {209, 229, 240}, {146, 197, 222}, {67, 147, 195},  {33, 102, 172},
+    {5, 48, 97}};
+
+/* Purples, Greens, Reds. */
+static const unsigned char sequential[3][9][3] = {
+    {{252, 251, 253}, {239, 237, 245}, {218, 218, 235}, {188, 189, 220}, {158, 154, 200},
+     {128, 125, 186}, {106, 81, 163},  {84, 39, 143},   {63, 0, 125}},
+    {{247, 252, 245}, {229, 245, 224}, {199, 233, 192}, {161, 217, 155}, {116, 196, 118},
+     {65, 171, 93},   {35, 139, 69},   {0, 109, 44},    {0, 68, 27}},
+    {{255, 245, 240}, {254, 224, 210}, {252, 187, 161}, {252, 146, 114}, {251, 106, 74},
+     {239, 59, 44},   {203, 24, 29},   {165, 15, 21},   {103, 0, 13}}};
+
+/* The colour of a value; outside lo..hi that of the nearer end, for NaN grey. */
+static void scale_colour(const Scale *s, double value, unsigned char rgb[3]) {
+    double x = (value / 2 - s->lo / 2) / (s->hi / 2 - s->lo / 2); /* hi - lo may overflow */
+    int i, c, from, to;
+
+    if (isnan(value)) {
+        memset(rgb, 0xbb, 3);
+        return;
+    }
+    x = fmin(fmax(x, 0), 1) * (s->n_stops - 1);
+    i = x < s->n_stops - 1 ? (int)x : s->n_stops - 2;
+    for (c = 0; c < 3; c++) { /* in double, then rounded: monotone within a segment */
+        from = s->stops[i][c];
+        to = s->stops[i + 1][c];
+        rgb[c] = (unsigned char)(from + (to - from) * (x - i) + 0.5);
+    }
+}
+
+static int axis_is(const Axis *axis, const char *name) {
+    return strcmp(axis->name, name) == 0;
+}
+
+/* Which of `sequential` belongs to entry `kind` of a trace's kind axis, or to a trace without one;
+   -1 for everything else: RdBu. */
+static int sequential_of(const Table *t, size_t kind) {
+    int kinds = t->rank > 0 && axis_is(&t->axis[0], "kind") && kind < t->axis[0].size;
+    const char *name = kinds && t->axis[0].labels ? t->axis[0].labels[kind] : t->name;
+
+    if (strcmp(t->command, "trace") != 0)
+        return -1;
+    return strstr(name, "mlp") != NULL ? 1 : strstr(name, "attn") != NULL ? 2 : 0;
+}
+
+/* The least and the largest finite value; -HUGE_VAL as the largest where there is none. */
+static double finite_range(const double *values, size_t n, double *least) {
+    double most = -HUGE_VAL;
+
+    for (*least = HUGE_VAL; n > 0; n--, values++)
+        if (isfinite(*values)) {
+            *least = fmin(*least, *values);
+            most = fmax(most, *values);
+        }
+    return most;
+}
+
+/* A table's scale. RdBu: +-range, or where that is 0 as far as the largest finite |value| goes. Of
+   one kind of a trace: from the corrupted run's mean (else the least value) up to range or the
+   largest value. One unit wide where there is nothing to go by: no finite values, or all equal. */
+static Scale scale_of(const Table *t, size_t kind, double range) {
+    int colours = sequential_of(t, kind), kinds = t->rank > 0 && axis_is(&t->axis[0], "kind");
+    size_t n = table_size(t);
+    double least, most;
+    Scale s = {-1, 1, 11, rdbu};
+
+    if (colours >= 0 && kinds && n > 0)
+        n /= t->axis[0].size;
+    most = finite_range(colours >= 0 && kinds ? t->values + kind * n : t->values, n, &least);
+    if (colours >= 0) {
+        s.n_stops = 9;
+        s.stops = sequential[colours];
+        s.lo = t->has_baseline && isfinite(t->corrupted) ? t->corrupted : least;
+        s.lo = isfinite(s.lo) ? s.lo : 0;
+        s.hi = range > 0 ? range : most;
+        if (!(s.hi / 2 - s.lo / 2 > 1e-12 * fabs(s.lo) + 1e-300))
+            s.hi = s.lo + fmax(1, fabs(s.lo));
+        return s;
+    }
+    most = range > 0 ? range : fmax(most, -least);
+    if (isfinite(most) && most > 1e-300) {
+        s.lo = -most;
+        s.hi = most;
+    }
+    return s;
+}
+
+/* ---- 12.7 SVG: which axis goes where, how large, drawing ----------------------------------------
+   A figure is a table in panels: heat maps of rows x columns, or line plots. Lengths are pixels. */
+
+/* Axes of a table that run together in one direction, the last one fastest; none: size 1. */
+typedef struct Span {
+    int n;
+    const Axis *axis[6];
+    size_t step[6];   /* until an axis's index changes, in entries of the span */
+    size_t stride[6]; /* and by how much that moves, in values */
+    size_t size;
+} Span;
+
+typedef struct Figure {
+    const Table *t;
+    Table grid;       /* t points to it where the caller's was reshaped */
+    double range;     /* --range, 0: from the values */
+    Scale scale;      /* of every panel, but where each kind has its own */
+    int own;          /* as the heat maps of a trace do, each with a colour bar */
+    Span panel, row, col;
+    int lines;        /* line plots: a line for each row */
+    size_t across;    /* panels side by side */
+    double w, h;      /* of a cell */
+    double panel_w, panel_h, gap, head; /* a panel, the room to its right and above it */
+    double left, below, side; /* room for row labels, column labels, and colour bar or legend */
+    double width, height;
+    char title[200];
+} Figure;
+
+enum { TITLE = 40, LABEL_COLUMNS = 24, ALL = 0x7fffffff };
+
+#define LETTER 5.8 /* width of an average letter at 11 pixels, generously */
+
+/* Any bytes as text for XML and HTML: \n or \xHH for controls and what is no UTF-8, as escape_next
+   has it, but also for what directs or separates text, which could rearrange what stands beside the
+   token; markup as numbers (double quotes stay: attributes have single ones). After `room` columns
+   an ellipsis. Returns the columns, two for a character from U+1100, which is an estimate; f NULL:
+   does no more than that. prose: a backslash is not doubled. */
+static size_t svg_text(FILE *f, const char *text, size_t n, size_t room, int prose) {
+    static const char *const unseen[][2] = { /* UTF-8 sorts as code points do: from, to */
+        {"\xc2\xad", "\xc2\xad"},         {"\xe2\x80\x8b", "\xe2\x80\x8b"},
+        {"\xe2\x80\x8e", "\xe2\x80\x8f"}, {"\xe2\x80\xa8", "\xe2\x80\xae"},
+        {"\xe2\x81\xa0", "\xe2\x81\xaf"}, {"\xef\xbb\xbf", "\xef\xbb\xbf"},
+        {"\xef\xbf\xb9", "\xef\xbf\xbb"}, {"\xef\xbf\xbe", "\xef\xbf\xbf"}};
+    char piece[ESCAPE_ROOM], out[4 * ESCAPE_ROOM];
+    size_t i, k, length, columns = 0;
+
+    for (; n > 0; text += length, n -= length) {
+        if (columns >= room) {
+            if (f != NULL)
+                fputs("\xe2\x80\xa6", f);
+            return columns + 1;
+        }
+        length = escape_next(text, n, piece);
+        snprintf(out, sizeof out, prose && *text == '\\' ? "\\" : "%s", piece);
+        for (k = 0; k < sizeof unseen / sizeof unseen[0]; k++)
+            if (strcmp(piece, unseen[k][0]) >= 0 && strcmp(piece, unseen[k][1]) <= 0)
+                for (i = 0; i < length; i++)
+                    snprintf(out + 4 * i, 5, "\\x%02X", (unsigned)(unsigned char)text[i]);
+        columns += (*out & 0x80) == 0 ? strlen(out) : strcmp(out, "\xe1\x84\x80") < 0 ? 1 : 2;
+        if (out[1] == '\0' && strchr("<>&'", *out) != NULL)
+            snprintf(out, sizeof out, "&#%d;", *text);
+        if (f != NULL)
+            fputs(out, f);
+    }
+    return columns;
+}
+
+static size_t svg_prose(FILE *f, const char *text) {
+    return svg_text(f, text, strlen(text), ALL, 1);
+}
+
+/* How papers name things: a facet, by the label of the kind axis; an axis, and the letters before a
+   number of it that stands alone. */
+static const char *const kind_titles[][2] = {
+    {"resid_pre", "Residual Stream"}, {"resid", "Residual Stream"}, {"attn_out", "Attn Output"},
+    {"attn", "Attn Output"},          {"mlp_out", "MLP Output"},    {"mlp", "MLP Output"},
+    {"out", "Output"},                {"q", "Query"},               {"k", "Key"},
+    {"v", "Value"},                   {"pattern", "Pattern"}};
+
+static const char *const axis_titles[][3] = {
+    {"layer", "Layer", "L"},     {"head", "Head", "H"}, {"pos", "Position", ""},
+    {"dest", "Destination", ""}, {"src", "Source", ""}, {"example", "Example", "Example "}};
+
+/* Number i of an axis over positions, `to_14`, in full `" to"_14`; a star that ends its label (the
+   subject of a trace) goes to the token. */
+static size_t svg_token(FILE *f, const Table *t, size_t i, const char *label, int full) {
+    size_t columns = full ? svg_prose(f, "\"") : 0;
+    int star = label != NULL && *label != '\0' && label[strlen(label) - 1] == '*';
+    char end[32];
+
+    columns += svg_text(f, t->tokens[i], t->token_bytes[i], full ? ALL : LABEL_COLUMNS, 0);
+    snprintf(end, sizeof end, "%s_%lu%s", full ? "\"" : "", (unsigned long)i, star ? "*" : "");
+    return columns + svg_prose(f, end);
+}
+
+/* Number i of any axis; returns its columns (f NULL: only that). In full, for tooltips and panels,
+   `" to"_14` and "L9"; otherwise, beside an axis, "to_14" and "9", and long ones are cut. */
+static size_t svg_label(FILE *f, const Table *t, const Axis *axis, size_t i, int full) {
+    const char *label = axis->labels != NULL ? axis->labels[i] : NULL;
+    size_t k, columns = 0;
+    char number[32];
+
+    if (t->tokens != NULL && i < t->n_tokens &&
+        (axis_is(axis, "pos") || axis_is(axis, "dest") || axis_is(axis, "src")))
+        return svg_token(f, t, i, label, full);
+    snprintf(number, sizeof number, "%lu", (unsigned long)i);
+    if (label == NULL)
+        label = number;
+    for (k = 0; axis_is(axis, "kind") && k < sizeof kind_titles / sizeof kind_titles[0]; k++)
+        if (strcmp(label, kind_titles[k][0]) == 0)
+            return svg_prose(f, kind_titles[k][1]);
+    for (k = 0; full && k < sizeof axis_titles / sizeof axis_titles[0]; k++)
+        if (axis_is(axis, axis_titles[k][0]) && label[strspn(label, "0123456789")] == '\0')
+            columns = svg_prose(f, axis_titles[k][2]);
+    return columns + svg_text(f, label, strlen(label), full ? ALL : LABEL_COLUMNS, 0);
+}
+
+/* Number i of a span: its axes' labels, of several always in full ("L9H6"); returns the columns. */
+static size_t svg_span(FILE *f, const Figure *fig, const Span *span, size_t i, int full,
+                       const char *between) {
+    size_t columns = 0;
+    int k;
+
+    for (k = 0; k < span->n; k++) {
+        columns += k > 0 ? svg_prose(f, between) : 0;
+        columns += svg_label(f, fig->t, span->axis[k], i / span->step[k] % span->axis[k]->size,
+                             full || span->n > 1);
+    }
+    return columns;
+}
+
+/* The room that the longest label of a span takes; exact widths would need the font's. */
+static double span_room(const Figure *fig, const Span *span) {
+    size_t i, n, most = 0;
+
+    for (i = 0; i < span->size; i++)
+        if ((n = svg_span(NULL, fig, span, i, 0, "")) > most)
+            most = n;
+    return LETTER * (double)most;
+}
+
+/* Axis a of t becomes the last, and so the fastest, of a span. */
+static void span_add(Span *span, const Table *t, int a) {
+    size_t size = t->axis[a].size;
+    int k;
+
+    for (k = 0; k < span->n; k++)
+        span->step[k] *= size;
+    span->axis[span->n] = &t->axis[a];
+    span->step[span->n] = span->stride[span->n] = 1;
+    for (k = a + 1; k < t->rank; k++)
+        span->stride[span->n] *= t->axis[k].size;
+    span->size *= size;
+    span->n++;
+}
+
+static size_t span_offset(const Span *span, size_t i) {
+    size_t offset = 0;
+    int k;
+
+    for (k = 0; k < span->n; k++)
+        offset += i / span->step[k] % span->axis[k]->size * span->stride[k];
+    return offset;
+}
+
+static double figure_value(const Figure *fig, size_t panel, size_t row, size_t col) {
+    return fig->t->values[span_offset(&fig->panel, panel) + span_offset(&fig->row, row) +
+                          span_offset(&fig->col, col)];
+}
+
+/* The lens's parts L0H0, L0H1, ..., remainder are drawn as the layers by heads that they are: 145
+   points on a line would show nothing. The remainder goes into the title. */
+static void figure_reshape(Figure *fig, const Table *t) {
+    size_t n = 0, heads = 0, used = strlen(fig->title);
+    unsigned long layer, head;
+
+    if (t->rank != 1 || t->axis[0].labels == NULL)
+        return;
+    while (n < t->axis[0].size && sscanf(t->axis[0].labels[n], "L%luH%lu", &layer, &head) == 2) {
+        heads = head >= heads ? head + 1 : heads;
+        n++;
+    }
+    if (n == 0 || n % heads != 0)
+        return;
+    if (n < t->axis[0].size)
+        snprintf(fig->title + used, sizeof fig->title - used, ", %.20s %.4g", t->axis[0].labels[n],
+                 t->values[n]);
+    fig->grid = *t;
+    fig->grid.rank = 2;
+    fig->grid.axis[0] = (Axis){"layer", n / heads, NULL};
+    fig->grid.axis[1] = (Axis){"head", heads, NULL};
+    fig->t = &fig->grid;
+}
+
+/* example and kind in front become panels. What remains: one axis, a line plot; two, rows and
+   columns; three, rows "L9H6" and a column for each position; a pattern's [.., dest, src], a panel
+   for each head. An axis named group in front of the last: a line for each group. */
+static void figure_axes(Figure *fig) {
+    const Table *t = fig->t;
+    int a, first = 0, last = t->rank - 1, col = last;
+    int keep = axis_is(&t->axis[last], "part") ? 1 : 2;
+
+    while (first < t->rank - keep &&
+           (axis_is(&t->axis[first], "example") || axis_is(&t->axis[first], "kind")))
+        span_add(&fig->panel, t, first++);
+    while (first < last - 1 && axis_is(&t->axis[last], "src"))
+        span_add(&fig->panel, t, first++);
+    for (a = first; a < last && last - first >= 2; a++)
+        if (axis_is(&t->axis[a], "pos") || axis_is(&t->axis[a], "dest"))
+            col = a;
+    for (a = first; a <= last; a++)
+        span_add(a == col ? &fig->col : &fig->row, t, a);
+    fig->lines = fig->row.n == 0 || (fig->row.n == 1 && axis_is(&t->axis[first], "group"));
+}
+
+/* Whole pixels, so that cells have sharp edges and nothing between them. */
+static double within(double x, double least, double most) {
+    return floor(fmin(fmax(x, least), most));
+}
+
+/* Cells as large as about 700 pixels (one panel) or 1300 (several) allow, but never too small for a
+   label, unless there is a panel for each head. */
+static void figure_cells(Figure *fig) {
+    size_t n = fig->panel.size;
+    size_t last = n > 1 ? fig->panel.axis[fig->panel.n - 1]->size : 1;
+    double c = (double)fig->col.size, r = (double)fig->row.size, least = 10;
+    int small = n > 6 && axis_is(&fig->t->axis[fig->t->rank - 1], "src");
+
+    fig->across = small ? (last > 16 ? 12 : last) : last > 5 ? 4 : last;
+    least = small ? 7 : 10;
+    fig->w = within((n > 1 ? 1240 / (double)fig->across : 660) / c, least, 40);
+    fig->h = small ? fig->w : within((n > 1 ? 340 : 440) / r, 11, 26);
+    if (fig->lines)
+        fig->w = within((n > 1 ? 400 : 840) / c, 10, 60);
+    fig->panel_w = fig->w * c;
+    fig->panel_h = fig->lines ? 240 : fig->h * r;
+    fig->gap = fig->own ? 80 : small ? 8 : 16;
+    if (fig->across > n)
+        fig->across = n;
+    while (fig->across > 1 && (double)fig->across * fig->panel_w > (small ? 2600 : 1600))
+        fig->across--;
+}
+
+/* Line plots, which need no zero, go a little beyond their values, unless there is a --range. */
+static void figure_scale(Figure *fig) {
+    double least, most = finite_range(fig->t->values, table_size(fig->t), &least), pad;
+
+    fig->scale = scale_of(fig->t, 0, fig->range);
+    if (!fig->lines || fig->range > 0 || most < least)
+        return;
+    pad = most / 20 - least / 20;
+    if (!(pad > 1e-12 * fabs(most) + 1e-300)) /* one value everywhere */
+        pad = fmax(1, fabs(most) / 10);
+    fig->scale.lo = fmax(least - pad, -DBL_MAX);
+    fig->scale.hi = fmin(most + pad, DBL_MAX);
+}
+
+/* Plan a picture of t. Where it has no cells, the title is all. */
+static void figure_plan(Figure *fig, const Table *t, double range) {
+    const char *way = t->direction == NULL ? "" : ", noising (corrupted into clean)";
+    double title, down;
+
+    memset(fig, 0, sizeof *fig);
+    fig->t = t;
+    fig->range = range;
+    fig->panel.size = fig->row.size = fig->col.size = 1;
+    if (t->direction != NULL && strcmp(t->direction, "denoising") == 0)
+        way = ", denoising (clean into corrupted)";
+    snprintf(fig->title, sizeof fig->title, "%.60s%s%.30s%s%s", t->name, t->metric ? ", " : "",
+             t->metric ? t->metric : "", way, t->normalized ? ", normalized" : "");
+    figure_reshape(fig, t);
+    title = 40 + 1.2 * LETTER * (double)svg_prose(NULL, fig->title);
+    fig->width = fmax(title, 240);
+    fig->height = TITLE + 30;
+    if (t->rank == 0 || table_size(t) == 0)
+        return;
+    figure_axes(fig);
+    fig->own = sequential_of(fig->t, 0) >= 0 && !fig->lines;
+    figure_cells(fig);
+    figure_scale(fig);
+    fig->head = fig->panel.n > 0 ? 22 : 4;
+    fig->left = fig->lines ? 60 : 32 + span_room(fig, &fig->row);
+    fig->below = 32 + span_room(fig, &fig->col);
+    fig->side = !fig->lines ? 74 : fig->row.n > 0 ? 44 + span_room(fig, &fig->row) : 16;
+    fig->width = fig->left + (double)fig->across * (fig->panel_w + fig->gap) - fig->gap + fig->side;
+    fig->width = fmax(fig->width, title);
+    down = (double)((fig->panel.size + fig->across - 1) / fig->across);
+    fig->height = fmax(TITLE + down * (fig->panel_h + fig->head) + fig->below, TITLE + 140);
+}
+
+/* ---- drawing ---- */
+
+/* The one axis-labelling routine: the labels of a span, `step` apart, to the left of (x, y) going
+   down, or below it going right; there level where they fit, otherwise turned by 90 degrees. Only
+   every k-th where cells are smaller than letters. Then the names of the axes. */
+static void svg_axis(FILE *f, const Figure *fig, const Span *span, double x, double y, double step,
+                     int below) {
+    double room = span_room(fig, span), size = within(step - 2, 8, 11), at;
+    int turned = below && room + 2 > step, k;
+    size_t i, every = turned || !below ? (size_t)ceil(size / step) : 1;
+
+    for (i = 0; i < span->size; i += every) {
+        at = step * ((double)i + 0.5);
+        fprintf(f, "<text transform='translate(%.7g %.7g)%s' text-anchor='%s' font-size='%g'>",
+                !below ? x - 5 : turned ? x + at + size * 0.35 : x + at,
+                !below ? y + at + size * 0.35 : turned ? y + 5 : y + 14,
+                turned ? " rotate(-90)" : "", below && !turned ? "middle" : "end", size);
+        svg_span(f, fig, span, i, 0, "");
+        fputs("</text>\n", f);
+    }
+    at = step * (double)span->size / 2;
+    fprintf(f, "<text transform='translate(%.7g %.7g)%s' text-anchor='middle' font-size='12'>",
+            below ? x + at : x - room - 14, below ? y + (turned ? room : 12) + 20 : y + at,
+            below ? "" : " rotate(-90)");
+    for (k = 0; k < span->n; k++)
+        for (i = 0; i < sizeof axis_titles / sizeof axis_titles[0]; i++)
+            if (axis_is(span->axis[k], axis_titles[i][0]))
+                fprintf(f, "%s%s", k > 0 ? ", " : "", axis_titles[i][1]);
+    fputs("</text>\n", f);
+}
+
+/* Round numbers (1, 2 or 5 times a power of ten apart, at most 9) from lo at y + height to hi at y,
+   each with a tick: to the left of x, or to the right where `length` is negative. */
+static void svg_numbers(FILE *f, double lo, double hi, double x, double y, double height,
+                        double length) {
+    double half = hi / 2 - lo / 2, step = pow(10, floor(log10(half / 4))), value, at;
+    double over = half / 4 / step;
+    int i;
+
+    step *= over > 5 ? 10 : over > 2 ? 5 : over > 1 ? 2 : 1;
+    for (i = 0; i < 12; i++) {
+        value = (ceil(lo / step - 1e-9) + i) * step;
+        if (!(value <= hi + step * 1e-6))
+            break;
+        at = y + height * ((hi / 2 - value / 2) / half);
+        fprintf(f, "<path d='M%.7g %.7gh%g' stroke='currentColor'/><text x='%.7g' y='%.7g' "
+                   "text-anchor='%s'>%.4g</text>\n",
+                x, at, -length, x - length + (length > 0 ? -3 : 3), at + 4,
+                length > 0 ? "end" : "start", fabs(value) < step / 2 ? 0.0 : value);
+    }
+}
+
+/* A colour bar in strips: a gradient would need a name, and a page holds many figures. */
+static void svg_bar(FILE *f, const Scale *s, double x, double y, double height) {
+    unsigned char c[3];
+    int i, n = 80;
+
+    fputs("<g shape-rendering='crispEdges'>", f);
+    for (i = 0; i < n; i++) {
+        scale_colour(s, s->hi + (s->lo / 2 - s->hi / 2) * ((2 * i + 1.0) / n), c);
+        fprintf(f, "<path d='M%.7g %.7gh12v%.4gh-12z' fill='#%02x%02x%02x'/>\n", x,
+                y + height * i / n, height / n, c[0], c[1], c[2]);
+    }
+    fputs("</g>", f);
+    svg_numbers(f, s->lo, s->hi, x + 12, y, height, -4);
+}
+
+/* `L9 H6 " to"_14: 0.2541`, which a browser shows above the mark that this stands in. */
+static void svg_tooltip(FILE *f, const Figure *fig, size_t panel, size_t row, size_t col,
+                        double value) {
+    fputs("<title>", f);
+    if (svg_span(f, fig, &fig->panel, panel, 1, " ") > 0)
+        fputc(' ', f);
+    if (svg_span(f, fig, &fig->row, row, 1, " ") > 0)
+        fputc(' ', f);
+    svg_span(f, fig, &fig->col, col, 1, " ");
+    fprintf(f, ": %.4g</title>", isnan(value) ? fabs(value) : value); /* fabs: never "-nan" */
+}
+
+/* A panel of cells, with their values where the widest fits; digits as the scale's end needs. */
+static void svg_cells(FILE *f, const Figure *fig, const Scale *s, size_t panel, double x,
+                      double y) {
+    double most = fmax(fabs(s->lo), fabs(s->hi)), value, left, top;
+    int digits = most < 0.1 ? 3 : most < 10 ? 2 : most < 100 ? 1 : 0;
+    double tiny = 0.5 * pow(10, -digits);
+    int shown = fig->w >= 5 * snprintf(NULL, 0, "%.*f", digits, -most) + 1 && fig->h >= 12;
+    unsigned char c[3];
+    size_t i, j;
+
+    fputs("<g shape-rendering='crispEdges' font-size='9' text-anchor='middle'>\n", f);
+    for (i = 0; i < fig->row.size; i++)
+        for (j = 0; j < fig->col.size; j++) {
+            value = figure_value(fig, panel, i, j);
+            left = x + fig->w * (double)j;
+            top = y + fig->h * (double)i;
+            scale_colour(s, value, c);
+            fprintf(f, "<rect x='%.7g' y='%.7g' width='%g' height='%g' fill='#%02x%02x%02x'>", left,
+                    top, fig->w, fig->h, c[0], c[1], c[2]);
+            svg_tooltip(f, fig, panel, i, j, value);
+            fputs("</rect>\n", f);
+            if (shown && fabs(value) <= most)
+                fprintf(f, "<text x='%.7g' y='%.7g' fill='%s' pointer-events='none'>%.*f</text>\n",
+                        left + fig->w / 2, top + fig->h / 2 + 3,
+                        3 * c[0] + 6 * c[1] + c[2] < 1400 ? "#fff" : "#222", digits,
+                        fabs(value) < tiny ? 0.0 : value); /* never "-0.00" */
+        }
+    fputs("</g>\n", f);
+}
+
+static const char *const line_colours[] = {"#3579bd", "#c8443f", "#3f9b57",
+                                           "#8d5fb0", "#d9822b", "#808080"};
+
+/* A panel of lines: a point for each finite value; the others interrupt the line. */
+static void svg_lines(FILE *f, const Figure *fig, const Scale *s, size_t panel, double x,
+                      double y) {
+    double value, half = s->hi / 2 - s->lo / 2, at_x, at_y, before_x = 0, before_y = nan("");
+    size_t i, j;
+
+    for (i = 0; i < fig->row.size; i++, before_y = nan("")) {
+        fprintf(f, "<g color='%s' stroke='currentColor'>\n", line_colours[i % 6]);
+        for (j = 0; j < fig->col.size; j++, before_x = at_x, before_y = at_y) {
+            value = figure_value(fig, panel, i, j);
+            at_x = x + fig->w * ((double)j + 0.5);
+            at_y = isfinite(value) ? y + fig->panel_h * ((s->hi / 2 - value / 2) / half) : nan("");
+            if (isnan(at_y))
+                continue;
+            if (j > 0 && !isnan(before_y))
+                fprintf(f, "<path d='M%.7g %.7gL%.7g %.7g'/>", before_x, before_y, at_x, at_y);
+            fprintf(f, "<circle cx='%.7g' cy='%.7g' r='2.5' stroke='none'>", at_x, at_y);
+            svg_tooltip(f, fig, panel, i, j, value);
+            fputs("</circle>\n", f);
+        }
+        fputs("</g>\n", f);
+    }
+}
+
+/* What stands beside the panels on the right: the colour bar, or what the lines are. */
+static void svg_key(FILE *f, const Figure *fig, const Scale *s, double x, double y) {
+    size_t i;
+
+    if (!fig->lines)
+        svg_bar(f, s, x, y, within(fig->panel_h, 100, 300));
+    for (i = 0; fig->lines && fig->row.n > 0 && i < fig->row.size; i++) {
+        fprintf(f, "<path d='M%.7g %.7gh16' stroke='%s'/><text x='%.7g' y='%.7g'>", x,
+                y + 8 + 18 * (double)i, line_colours[i % 6], x + 21, y + 12 + 18 * (double)i);
+        svg_span(f, fig, &fig->row, i, 1, "");
+        fputs("</text>\n", f);
+    }
+}
+
+/* Panel number p: heading, marks, frame, and labels where it stands at the left or the bottom. */
+static void svg_panel(FILE *f, const Figure *fig, size_t p) {
+    double x = fig->left + (double)(p % fig->across) * (fig->panel_w + fig->gap);
+    double y = TITLE + fig->head + (double)(p / fig->across) * (fig->panel_h + fig->head);
+    int leftmost = p % fig->across == 0;
+    Scale s = fig->scale;
+
+    if (fig->own && fig->panel.n > 0) /* of the panels' axes the first is the kind */
+        s = scale_of(fig->t, p * fig->t->axis[0].size / fig->panel.size, fig->range);
+    fprintf(f, "<text x='%.7g' y='%.7g' text-anchor='middle' font-size='12'>", x + fig->panel_w / 2,
+            y - 7);
+    svg_span(f, fig, &fig->panel, p, 1, " ");
+    fputs("</text>\n", f);
+    if (fig->lines && s.lo < 0 && s.hi > 0)
+        fprintf(f, "<path d='M%.7g %.7gh%.7g' stroke='currentColor' stroke-opacity='.4'/>\n", x,
+                y + fig->panel_h * (s.hi / 2 / (s.hi / 2 - s.lo / 2)), fig->panel_w);
+    (fig->lines ? svg_lines : svg_cells)(f, fig, &s, p, x, y);
+    fprintf(f, "<path d='M%.7g %.7gh%.7gv%.7gh-%.7gz' fill='none' stroke='currentColor' "
+               "stroke-opacity='.6'/>\n", x, y, fig->panel_w, fig->panel_h, fig->panel_w);
+    if (leftmost && fig->lines)
+        svg_numbers(f, s.lo, s.hi, x, y, fig->panel_h, 4);
+    else if (leftmost)
+        svg_axis(f, fig, &fig->row, x, y, fig->h, 0);
+    if (p + fig->across >= fig->panel.size)
+        svg_axis(f, fig, &fig->col, x, y + fig->panel_h, fig->w, 1);
+    if (fig->own || p + 1 == fig->across)
+        svg_key(f, fig, &s, x + fig->panel_w + 14, y);
+}
+
+/* A whole figure. Colours of text and paper are attributes of the outermost kind, so that a page's
+   style may turn them dark. */
+static void svg_figure(FILE *f, const Figure *fig) {
+    size_t p;
+
+    fprintf(f, "<svg xmlns='http://www.w3.org/2000/svg' width='%.0f' height='%.0f' "
+               "viewBox='0 0 %.0f %.0f' font-family='Helvetica,Arial,sans-serif' font-size='11' "
+               "color='#222' fill='currentColor' role='figure' aria-label='",
+            fig->width, fig->height, fig->width, fig->height);
+    svg_prose(f, fig->title);
+    fputs("'>\n<rect class='paper' width='100%' height='100%' fill='#fff'/>\n", f);
+    fputs("<text x='16' y='24' font-size='13'>", f);
+    svg_prose(f, fig->title);
+    fputs("</text>\n", f);
+    if (fig->across == 0)
+        fputs("<text x='16' y='48'>no cells</text>\n", f);
+    for (p = 0; fig->across > 0 && p < fig->panel.size; p++)
+        svg_panel(f, fig, p);
+    fputs("</svg>\n", f);
+}
+
+/* A TableWriter. */
+static void write_svg(FILE *f, const Table *t) {
+    Figure fig;
+
+    figure_plan(&fig, t, 0);
+    svg_figure(f, &fig);
+}
+
+/* ---- 12.8 HTML: one page that holds all ---------------------------------------------------------
+   Everything can be read without script: settings, figures, each prompt's tokens, and each head's
+   pattern as a thumbnail. The script adds choosing a prompt, enlarging a head, following a token.
+   It takes tokens and weights from what stands in the page already, as text, so that there is no
+   second copy of them and no second way of escaping. The policy in the page's head forbids every
+   request. */
+
+typedef struct Page {
+    const char *title;
+    const char *json_settings; /* a JSON object, NULL: none */
+    const char *const *prose;  /* [n_prose] paragraphs below the title */
+    size_t n_prose;
+    const Table *tables; /* [n_tables], a figure each */
+    size_t n_tables;
+    double range; /* of the figures, 0: from their values */
+    /* Logit differences of the prompts, [n_examples, 2]: clean, corrupted. */
+    size_t n_examples;
+    int has_corrupted;
+    const double *differences;
+    const char *const *prompts; /* [n_examples] texts of the clean prompts, NULL: none */
+    /* Attention: [n_attention, n_heads, n_tokens, n_tokens], the last one the source. */
+    size_t n_attention, n_heads, n_tokens;
+    const float *attention;
+    const char *const *head_names; /* [n_heads] "L9H6" */
+    const char *const *tokens;     /* [n_attention, n_tokens] */
+    const size_t *token_bytes;
+} Page;
+
+static const char *const page_style[] = {
+    ":root { --paper: #fff; --ink: #222; --line: #ccc; --blue: 33 102 172; --red: 178 24 43;",
+    "  color-scheme: light dark; }",
+    "@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --ink: #ddd; --line: #444;",
+    "  --blue: 103 173 235; --red: 240 110 100; } }",
+    "body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);",
+    "  max-width: 1500px; margin: 0 auto; padding: 1rem 1.5rem; }",
+    "h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; } h3 { font-size: 1rem; }",
+    "p { max-width: 50rem; }",
+    "pre, #prompts :nth-child(4) { white-space: pre-wrap; overflow-wrap: anywhere; }",
+    ".scroll { overflow: auto; max-height: 40rem; }",
+    "table { border-collapse: collapse; }",
+    "#prompts th, #prompts td { padding: .2rem .7rem; border-bottom: 1px solid var(--line);",
+    "  text-align: right; font-variant-numeric: tabular-nums; }",
+    "#prompts :nth-child(4) { text-align: left; }",
+    "figure { margin: 1rem 0; overflow-x: auto; }",
+    "figure svg { color: inherit; height: auto;",
+    "  width: max(min(100%, var(--w)), calc(var(--w) * .7)); }",
+    "figure .paper { fill: none; }",
+    "button, select { font: inherit; color: inherit; background: none; }",
+    "button:enabled { cursor: pointer; }",
+    "option { background: var(--paper); }",
+    "[aria-pressed=true], .at { outline: 2px solid var(--ink); }",
+    ".tokens { display: flex; flex-wrap: wrap; gap: 4px; padding: 0; list-style: none;",
+    "  line-height: 1.25; }",
+    ".tokens > *, .matrix th { white-space: pre; max-width: 15rem; overflow: hidden;",
+    "  text-overflow: ellipsis; padding: 0 5px; }",
+    ".tokens > * { border: 1px solid var(--line); border-radius: 3px; }",
+    ".tokens small { display: block; text-align: right; font-size: 10px; height: 1.3em; }",
+    ".strong { color: var(--paper); }",
+    ".heads { display: grid; grid-template-columns: repeat(auto-fill, minmax(68px, 1fr));",
+    "  gap: 6px; padding: 2px; }",
+    ".heads button { padding: 2px; border: 0; border-radius: 3px; font-size: 12px; }",
+    ".heads svg { display: block; width: 100%; outline: 1px solid var(--line); }",
+    ".heads path { stroke: rgb(var(--blue)); }",
+    ".live .prompt > h3, .live .prompt > .tokens { display: none; }",
+    ".live .heads { max-height: 85vh; overflow: auto; }",
+    "@media (min-width: 1100px) {",
+    "  .live { display: grid; grid-template-columns: 1fr 1fr; gap: 2rem; } }",
+    "#view { min-width: 0; }",
+    "#said { min-height: 4.5em; }",
+    ".matrix { font-size: 12px; margin: 2px; }",
+    ".matrix td { min-width: 20px; height: 20px; padding: 0; border: 1px solid var(--line); }",
+    ".matrix th { font-weight: normal; text-align: right; }",
+    ".matrix thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left;",
+    "  padding: 5px 0; max-width: none; max-height: 11rem; }"};
+
+static const char *const page_script[] = {
+    "'use strict';",
+    "(function () {",
+    "  const find = (root, css) => Array.from(root.querySelectorAll(css));",
+    "  const add = (parent, tag, text) => {",
+    "    const node = parent.appendChild(document.createElement(tag));",
+    "    node.textContent = text; // a token is text, never markup",
+    "    return node;",
+    "  };",
+    "  const root = document.getElementById('attention');",
+    "  const view = document.getElementById('view');",
+    "  const choose = document.getElementById('choose');",
+    "  const said = document.getElementById('said');",
+    "  const prompts = find(root, '.prompt');",
+    "  const heads = prompts.map(prompt => find(prompt, '.heads button'));",
+    "  const digits = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/';",
+    "  let shown = 0, pinned = -1, data, words, chips, rows;",
+    "",
+    "  // What token d gives to token s: two digits each, row d has d + 1 of them, 4095 is 1.",
+    "  const weight = (d, s) => {",
+    "    const at = d * (d + 1) + 2 * s;",
+    "    return (digits.indexOf(data[at]) * 64 + digits.indexOf(data[at + 1])) / 4095;",
+    "  };",
+    "  const name = i => '\\u201c' + words[i] + '\\u201d_' + i;",
+    "  const largest = pairs => pairs.filter(([w]) => w >= .01)",
+    "    .sort((a, b) => b[0] - a[0]).slice(0, 4)",
+    "    .map(([w, i]) => name(i) + ' ' + w.toFixed(3)).join(', ') || 'nothing above 0.01';",
+    "",
+    "  // Show what token i attends to, in blue, and what attends to it, in red.",
+    "  const follow = i => {",
+    "    const pairs = words.map((_, j) => [j <= i ? weight(i, j) : weight(j, i), j]);",
+    "    pairs.forEach(([w, j]) => {",
+    "      chips[j].style.background = `rgb(var(${j <= i ? '--blue' : '--red'}) / ${w})`;",
+    "      chips[j].classList.toggle('strong', w > .6);",
+    "      chips[j].classList.toggle('at', j === i);",
+    "      chips[j].setAttribute('aria-pressed', j === pinned);",
+    "      chips[j].lastChild.textContent = w < .005 ? '' : w.toFixed(2);",
+    "      rows[j].classList.toggle('at', j === i);",
+    "    });",
+    "    said.textContent = `${name(i)} attends to ${largest(pairs.slice(0, i + 1))}. ` +",
+    "      `Attending to it: ${largest(pairs.slice(i))}.`;",
+    "  };",
+    "",
+    "  // Enlarge the head: its tokens, and its pattern with destinations down and sources across.",
+    "  const show = () => {",
+    "    const chosen = choose.selectedIndex, button = heads[chosen][shown];",
+    "    const line = view.querySelector('.tokens'), matrix = view.querySelector('.matrix');",
+    "    data = button.dataset.weights;",
+    "    words = find(prompts[chosen], '.tokens > li').map(li => li.textContent);",
+    "    prompts.forEach((p, i) => { p.hidden = i !== chosen; });",
+    "    heads[chosen].forEach(b => b.setAttribute('aria-pressed', b === button));",
+    "    view.querySelector('h3').textContent = button.textContent.trim();",
+    "    line.textContent = matrix.textContent = '';",
+    "    const top = add(add(matrix, 'thead', ''), 'tr', '');",
+    "    add(top, 'th', '');",
+    "    chips = words.map((word, i) => {",
+    "      const chip = add(line, 'button', word);",
+    "      chip.type = 'button';",
+    "      chip.dataset.at = i;",
+    "      add(chip, 'small', '');",
+    "      add(top, 'th', word + '_' + i);",
+    "      return chip;",
+    "    });",
+    "    rows = words.map((word, d) => {",
+    "      const row = add(matrix, 'tr', '');",
+    "      row.dataset.at = d;",
+    "      add(row, 'th', word + '_' + d);",
+    "      for (let s = 0; s <= d; s++) {",
+    "        const cell = add(row, 'td', '');",
+    "        cell.style.background = `rgb(var(--blue) / ${weight(d, s)})`;",
+    "        cell.title = `${name(d)} to ${name(s)}: ${weight(d, s).toFixed(3)}`;",
+    "      }",
+    "      return row;",
+    "    });",
+    "    follow(pinned < 0 ? words.length - 1 : pinned);",
+    "  };",
+    "",
+    "  // Pointing at a token or moving to it follows it; a click keeps it, another lets it go.",
+    "  const point = event => {",
+    "    const target = event.target.closest('[data-at]');",
+    "    const at = target ? Number(target.dataset.at) : -1;",
+    "    if (at < 0 || event.type !== 'click' && pinned >= 0) return;",
+    "    if (event.type === 'click') pinned = pinned === at ? -1 : at;",
+    "    follow(at);",
+    "  };",
+    "  for (const type of ['pointerover', 'focusin', 'click'])",
+    "    view.addEventListener(type, point);",
+    "  root.addEventListener('click', event => {",
+    "    const button = event.target.closest('.heads button');",
+    "    if (!button) return;",
+    "    shown = heads[choose.selectedIndex].indexOf(button);",
+    "    show();",
+    "    view.scrollIntoView({block: 'nearest'});",
+    "  });",
+    "  prompts.forEach(prompt => add(choose, 'option', prompt.querySelector('h3').textContent));",
+    "  choose.addEventListener('change', () => { pinned = -1; show(); });",
+    "  heads.flat().forEach(button => { button.disabled = false; });",
+    "  root.classList.add('live');",
+    "  view.hidden = false;",
+    "  show();",
+    "}());"};
+
+static void put_lines(FILE *f, const char *const *lines, size_t n) {
+    size_t i;
+
+    for (i = 0; i < n; i++)
+        fprintf(f, "%s\n", lines[i]);
+}
+
+/* A JSON object, broken into lines before quotes, which is where members begin. */
+static void page_settings(FILE *f, const char *json) {
+    const char *comma;
+
+    while ((comma = strstr(json, ",\"")) != NULL) {
+        svg_text(f, json, (size_t)(comma - json) + 1, ALL, 1);
+        fputs("\n ", f);
+        json = comma + 1;
+    }
+    svg_prose(f, json);
+}
+
+/* What every prompt gave unpatched, and the means. */
+static void page_differences(FILE *f, const Page *page) {
+    size_t i, k, n = page->n_examples, columns = page->has_corrupted ? 2 : 1;
+    double value, sum[2] = {0, 0};
+
+    fprintf(f, "<h2>Logit differences</h2>\n<div class='scroll' tabindex='0'><table id='prompts'>\n"
+               "<tr><th>Example</th><th>clean</th>%s%s</tr>\n",
+            columns > 1 ? "<th>corrupted</th>" : "", page->prompts ? "<th>prompt</th>" : "");
+    for (i = 0; i <= n; i++) {
+        fprintf(f, i < n ? "<tr><td>%lu</td>" : "<tr><td>mean</td>", (unsigned long)i);
+        for (k = 0; k < columns; k++) {
+            value = i < n ? page->differences[2 * i + k] : sum[k] / (double)n;
+            sum[k] += value;
+            fprintf(f, "<td>%.4f</td>", isnan(value) ? fabs(value) : value);
+        }
+        if (i < n && page->prompts != NULL) {
+            fputs("<td>", f);
+            svg_prose(f, page->prompts[i]);
+            fputs("</td>", f);
+        }
+        fputs("</tr>\n", f);
+    }
+    fputs("</table></div>\n", f);
+}
+
+/* A weight of 0..1 in whole steps of 1 / most. */
+static int weight_in(float weight, int most) {
+    return (int)(fmax(0, fmin(1, (double)weight)) * most + 0.5);
+}
+
+/* A head: its weights as the script reads them, two base-64 digits each (12 bits: three decimals,
+   in a third of the room of text); above its name a thumbnail, which is a path of runs of equal
+   cells for each of 8 strengths. GPT-2 is causal: a destination's sources beyond itself have no
+   weight, and are neither written nor drawn. */
+static void page_head(FILE *f, const Page *page, const float *pattern, const char *name) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    const unsigned long n = (unsigned long)page->n_tokens;
+    unsigned long d, s, run;
+    int level, weight, begun;
+
+    fputs("<button type='button' disabled data-weights='", f);
+    for (d = 0; d < n; d++)
+        for (s = 0; s <= d; s++) {
+            weight = weight_in(pattern[d * n + s], 4095);
+            fprintf(f, "%c%c", digits[weight >> 6], digits[weight & 63]);
+        }
+    fprintf(f, "'><svg viewBox='0 -.5 %lu %lu'>", n, n);
+    for (level = 1; level <= 8; level++) {
+        begun = 0;
+        for (d = 0; d < n; d++)
+            for (s = 0; s <= d; s += run) {
+                weight = weight_in(pattern[d * n + s], 8);
+                run = 1;
+                while (s + run <= d && weight_in(pattern[d * n + s + run], 8) == weight)
+                    run++;
+                if (weight == level && !begun++)
+                    fprintf(f, "<path opacity='%g' d='", level / 8.0);
+                if (weight == level)
+                    fprintf(f, "M%lu %luh%lu", s, d, run);
+            }
+        fputs(begun ? "'/>" : "", f);
+    }
+    fputs("</svg>", f);
+    svg_prose(f, name);
+    fputs("</button>\n", f);
+}
+
+/* The viewer, empty until the script fills it, and for each prompt what it is filled from. */
+static void page_attention(FILE *f, const Page *page) {
+    size_t p, i, square = page->n_tokens * page->n_tokens;
+
+    fputs("<h2>Attention</h2>\n<div id='attention'>\n<div id='view' hidden>\n"
+          "<label>Prompt <select id='choose'></select></label>\n<h3></h3>\n"
+          "<div class='tokens'></div>\n<p id='said' aria-live='polite'></p>\n"
+          "<div class='scroll'><table class='matrix'></table></div>\n"
+          "<p>Point at a token, or move to it with Tab: blue is what it attends to, red what "
+          "attends to it; a click keeps it. The rows of the pattern are destinations."
+          "</p>\n</div>\n<div>\n", f);
+    for (p = 0; p < page->n_attention; p++) {
+        fprintf(f, "<section class='prompt'>\n<h3>Example %lu</h3>\n<ol class='tokens'>",
+                (unsigned long)p);
+        for (i = p * page->n_tokens; i < (p + 1) * page->n_tokens; i++) {
+            fputs("<li>", f);
+            svg_text(f, page->tokens[i], page->token_bytes[i], ALL, 0);
+            fputs("</li>", f);
+        }
+        fputs("</ol>\n<div class='heads'>\n", f);
+        for (i = 0; i < page->n_heads; i++)
+            page_head(f, page, page->attention + (p * page->n_heads + i) * square,
+                      page->head_names[i]);
+        fputs("</div>\n</section>\n", f);
+    }
+    fputs("</div>\n</div>\n<script>\n", f);
+    put_lines(f, page_script, sizeof page_script / sizeof page_script[0]);
+    fputs("</script>\n", f);
+}
+
+/* The whole page; like a TableWriter it reports trouble only through ferror(f). */
+static void write_html(FILE *f, const Page *page) {
+    Figure fig;
+    size_t i;
+
+    fputs("<!DOCTYPE html>\n<html lang='en'>\n<meta charset='utf-8'>\n"
+          "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
+          "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
+          "<meta name='viewport' content='width=device-width'>\n<link rel='icon' href='data:,'>\n"
+          "<title>", f);
+    svg_prose(f, page->title);
+    fputs("</title>\n<style>\n", f);
+    put_lines(f, page_style, sizeof page_style / sizeof page_style[0]);
+    fputs("</style>\n<h1>", f);
+    svg_prose(f, page->title);
+    fputs("</h1>\n", f);
+    for (i = 0; i < page->n_prose; i++) {
+        fputs("<p>", f);
+        svg_prose(f, page->prose[i]);
+        fputs("</p>\n", f);
+    }
+    if (page->n_examples > 0)
+        page_differences(f, page);
+    for (i = 0; i < page->n_tables; i++) {
+        figure_plan(&fig, &page->tables[i], page->range);
+        fprintf(f, "<figure style='--w:%.0fpx'>\n", fig.width);
+        svg_figure(f, &fig);
+        fputs("</figure>\n", f);
+    }
+    if (page->n_attention > 0 && page->n_heads > 0 && page->n_tokens > 0)
+        page_attention(f, page);
+    if (page->json_settings != NULL) {
+        fputs("<h2>Settings</h2>\n<pre>", f);
+        page_settings(f, page->json_settings);
+        fputs("</pre>\n", f);
+    }
+    fputs("</html>\n", f);
+}
+
+/* The tables of one call, for FORMATS. */
+static void write_html_tables(FILE *f, const Table *tables, size_t n) {
+    Page page = {0};
+
+    page.title = "actpatch";
+    page.tables = tables;
+    page.n_tables = n;
+    page.json_settings = n > 0 ? tables[0].json_settings : NULL;
+    write_html(f, &page);
+}
+
+/* ---- 12.9 Tables for the eye: the terminal ---------------------------------------------------- */
+
+/* Where a table is shown. */
+typedef struct Screen {
+    int columns; /* that fit; 0: no terminal, so every row is one line and every number has its digits */
+    int colours; /* 0: none, 256 (the palette) or 1 << 24 */
+} Screen;
+
+/* How many columns a terminal gives a character: 2 to the East Asian and the pictures, 0 to what is
+   drawn over its neighbour, 1 to the rest; -1 to what only directs text and is left out here. The
+   blocks of EastAsianWidth.txt that matter; of blocks that overlap the first counts. */
+static int char_width(uint32_t code) {
+    static const struct {
+        uint32_t first, last;
+        int width;
+    } blocks[] = {
+        {0x0000, 0x02FF, 1},   {0x0300, 0x036F, 0},   {0x0483, 0x0489, 0},   {0x0591, 0x05BD, 0},
+        {0x064B, 0x065F, 0},   {0x0E34, 0x0E3A, 0},   {0x0E47, 0x0E4E, 0},   {0x1100, 0x115F, 2},
+        {0x1AB0, 0x1AFF, 0},   {0x1DC0, 0x1DFF, 0},   {0x200B, 0x200F, -1},  {0x202A, 0x202E, -1},
+        {0x2060, 0x206F, -1},  {0x20D0, 0x20FF, 0},   {0x302A, 0x302D, 0},   {0x3099, 0x309A, 0},
+        {0x2E80, 0x303E, 2},   {0x3041, 0xA4CF, 2},   {0xAC00, 0xD7A3, 2},   {0xF900, 0xFAFF, 2},
+        {0xFE00, 0xFE0F, 0},   {0xFE20, 0xFE2F, 0},   {0xFE30, 0xFE6F, 2},   {0xFEFF, 0xFEFF, -1},
+        {0xFF01, 0xFF60, 2},   {0xFFE0, 0xFFE6, 2},   {0x1F300, 0x1F64F, 2}, {0x1F680, 0x1F6FF, 2},
+        {0x1F900, 0x1F9FF, 2}, {0x20000, 0x3FFFD, 2},
+    };
+    size_t i;
+
+    for (i = 0; i < sizeof blocks / sizeof *blocks; i++)
+        if (code >= blocks[i].first && code <= blocks[i].last)
+            return blocks[i].width;
+    return 1;
+}
+
+/* The next piece of a label, escaped, and its width; returns the bytes it stands for. */
+static size_t label_next(const char *label, char piece[ESCAPE_ROOM], int *width) {
+    size_t n = strlen(label), length;
+    uint32_t code = next_char(label, n, &length);
+
+    escape_next(label, n, piece);
+    *width = piece[0] == '\\' ? (int)strlen(piece) : char_width(code);
+    if (*width < 0)
+        *width = piece[0] = '\0';
+    return length;
+}
+
+static int label_width(const char *label) {
+    char piece[ESCAPE_ROOM];
+    int width, total = 0;
+
+    for (; *label != '\0'; total += width)
+        label += label_next(label, piece, &width);
+    return total;
+}
+
+/* A label in exactly `width` columns: padded, or cut to its end, which has the position. */
+static void put_label(FILE *f, const char *label, int width, int to_the_right) {
+    char piece[ESCAPE_ROOM];
+    int w, cut = 0, excess = label_width(label) - width, pad = excess < 0 ? -excess : 0;
+
+    fprintf(f, "%*s", to_the_right ? pad : 0, "");
+    while (*label != '\0') {
+        label += label_next(label, piece, &w);
+        if (excess > 0 || (cut && w == 0)) { /* an accent goes with its letter */
+            excess -= w;
+            cut = 1;
+            continue;
+        }
+        fprintf(f, "%*s%s", cut ? -excess : 0, "", piece); /* half of a wide character is a space */
+        cut = excess = 0;
+    }
+    fprintf(f, "%*s", cut ? -excess : to_the_right ? 0 : pad, "");
+}
+
+/* Two axes of a table as rows and columns; the axes before them make one such grid after another. */
+typedef struct Grid {
+    const Table *t;
+    Screen screen;
+    Scale scale;
+    Axis rows, columns;
+    size_t row_step, column_step; /* in values */
+    int decimals;                 /* of the cells' numbers; -1: all digits; -2: colours alone */
+    int label_width, cell_width;
+    char number[NUMBER_ROOM]; /* of the cell at hand */
+} Grid;
+
+/* Take the last two axes, positions as rows, where their tokens can be read; of one axis a column. */
+static void grid_axes(Grid *g) {
+    static char value[] = "value", *labels[] = {value};
+    const Axis one = {value, 1, labels}, *last = &g->t->axis[g->t->rank - 1];
+    const Axis *before = g->t->rank > 1 ? last - 1 : &one;
+    int turned = g->t->rank == 1 || axis_is(last, "pos") || axis_is(last, "dest");
+
+    g->rows = turned ? *last : *before;
+    g->columns = turned ? *before : *last;
+    g->row_step = turned ? 1 : last->size;
+    g->column_step = turned ? last->size : 1;
+}
+
+static const char *cell_text(Grid *g, double v) {
+    if (g->decimals == -2)
+        return "";
+    if (g->decimals < 0 || !isfinite(v))
+        return number_text(v, g->number);
+    snprintf(g->number, NUMBER_ROOM, "%.*f", g->decimals, v);
+    return g->number;
+}
+
+/* The widest number at these decimals, and a space where colours do not part the cells. */
+static int widest_cell(Grid *g) {
+    size_t i, n = table_size(g->t);
+    int width = 0, w;
+
+    for (i = 0; i < n; i++)
+        if ((w = (int)strlen(cell_text(g, g->t->values[i]))) > width)
+            width = w;
+    return width + (g->screen.colours == 0);
+}
+
+static int widest_label(const Axis *axis) {
+    char number[NUMBER_ROOM];
+    int width = 0, w;
+    size_t i;
+
+    for (i = 0; i < axis->size; i++)
+        if ((w = label_width(axis_text(axis, i, number))) > width)
+            width = w;
+    return width + 1;
+}
+
+/* Choose how cells look: three digits, or two, if a row then fits; else colour alone; and where that
+   does not fit either, a row goes over several blocks of columns. */
+static void grid_layout(Grid *g) {
+    int columns = g->columns.size < 10000 ? (int)g->columns.size : 10000;
+    int most = g->scale.hi < 10 ? 2 : g->scale.hi < 100 ? 1 : 0;
+    int head = widest_label(&g->columns), room;
+
+    g->label_width = widest_label(&g->rows);
+    g->decimals = -1;
+    if (g->screen.columns == 0) {
+        g->cell_width = widest_cell(g);
+        g->cell_width = head > g->cell_width ? head : g->cell_width;
+        return;
+    }
+    room = g->screen.columns / 3 < 24 ? g->screen.columns / 3 : 24;
+    g->label_width = g->label_width < room ? g->label_width : room;
+    room = g->screen.columns - g->label_width;
+    for (g->decimals = most; g->decimals >= (most > 0); g->decimals--)
+        if ((g->cell_width = widest_cell(g)) * columns <= room)
+            return;
+    g->decimals = g->screen.colours && columns <= room ? -2 : most;
+    g->cell_width = g->decimals == -2 ? (room / columns < 3 ? room / columns : 3) : widest_cell(g);
+}
+
+/* One cell, on its colour where there are colours: black or white on it, whichever is read better. */
+static void put_cell(FILE *f, Grid *g, double v) {
+    unsigned char c[3];
+    int k, cube = 16, dark;
+
+    if (g->screen.colours == 0 || isnan(v)) {
+        fprintf(f, "%*s", g->cell_width, cell_text(g, v));
+        return;
+    }
+    scale_colour(&g->scale, v, c);
+    dark = 299 * c[0] + 587 * c[1] + 114 * c[2] < 128000;
+    for (k = 0; k < 3; k++) /* the palette's cube has the levels 0, 95, 135, .. 255 */
+        cube += (k == 0 ? 36 : k == 1 ? 6 : 1) * (c[k] < 48 ? 0 : c[k] < 115 ? 1 : (c[k] - 35) / 40);
+    if (g->screen.colours > 256)
+        fprintf(f, "\033[48;2;%d;%d;%d", c[0], c[1], c[2]);
+    else
+        fprintf(f, "\033[48;5;%d", cube);
+    fprintf(f, ";38;5;%dm%*s\033[0m", dark ? 231 : 16, g->cell_width, cell_text(g, v));
+}
+
+/* Grid number i of the table, in blocks of as many columns as fit. */
+static void put_grid(FILE *f, Grid *g, size_t number) {
+    const double *values = g->t->values + number * g->rows.size * g->columns.size;
+    size_t r, c, first, end, block = g->columns.size;
+    int room = g->screen.columns - g->label_width;
+    char text[NUMBER_ROOM];
+
+    if (g->screen.columns > 0)
+        block = room < g->cell_width ? 1 : (size_t)(room / g->cell_width);
+    for (first = 0; first < g->columns.size; first = end) {
+        end = g->columns.size - first < block ? g->columns.size : first + block;
+        fprintf(f, "%*s", g->label_width, "");
+        for (c = first; c < end; c++) {
+            fputs(g->cell_width > 2 ? " " : "", f);
+            put_label(f, axis_text(&g->columns, c, text), g->cell_width - (g->cell_width > 2), 1);
+        }
+        fputc('\n', f);
+        for (r = 0; r < g->rows.size; r++) {
+            put_label(f, axis_text(&g->rows, r, text), g->label_width - 1, 0);
+            fputc(' ', f);
+            for (c = first; c < end; c++)
+                put_cell(f, g, values[r * g->row_step + c * g->column_step]);
+            fputc('\n', f);
+        }
+    }
+}
+
+/* The table as rows and columns of numbers: a heat map where the screen has colours. */
+static void write_screen(FILE *f, const Table *t, Screen screen) {
+    Grid g = {0};
+    size_t i, n, index[6];
+    char number[NUMBER_ROOM];
+    int k;
+
+    g.t = t;
+    g.screen = screen;
+    g.scale = scale_of(t, 0, t->range);
+    grid_axes(&g);
+    grid_layout(&g);
+    fprintf(f, "%s (%s by %s)%s%s%s%s%s", t->name, g.rows.name, g.columns.name,
+            t->metric ? ": " : "", t->metric ? t->metric : "", t->normalized ? ", normalized" : "",
+            t->direction ? ", " : "", t->direction ? t->direction : "");
+    if (t->has_baseline)
+        fprintf(f, "\nunpatched: clean %.4g, corrupted %.4g", t->clean, t->corrupted);
+    fputc('\n', f);
+    n = table_size(t) / (g.rows.size * g.columns.size);
+    for (i = 0; i < n; i++) {
+        table_index(t, i * g.rows.size * g.columns.size, index);
+        for (k = 0; k < t->rank - 2; k++)
+            fprintf(f, "%s%s %s%s", k ? ", " : "", t->axis[k].name,
+                    axis_text(&t->axis[k], index[k], number), k == t->rank - 3 ? "\n" : "");
+        put_grid(f, &g, i);
+    }
+    if (g.decimals == -2)
+        fprintf(f, "red %.4g, white 0, blue %.4g\n", g.scale.lo, g.scale.hi);
+}
+
+/* ---- 12.10 Files: written whole or not at all ------------------------------------------------- */
+
+/* A file on its way: written beside its target under another name, so that the target is either the
+   old file or the whole new one. */
+typedef struct OutFile {
+    FILE *f;
+    const char *path; /* the caller's */
+    char *temporary;  /* NULL: standard output */
+} OutFile;
+
+/* Give up: nothing stays behind. Also the end of out_close. */
+static void out_drop(OutFile *o) {
+    if (o->f != NULL && o->temporary != NULL) {
+        fclose(o->f);
+        remove(o->temporary);
+    }
+    give(&HEAP, o->temporary);
+    memset(o, 0, sizeof *o);
+}
+
+static patch_status out_fail(OutFile *o, const char *what, patch_error *e) {
+    fail(e, PATCH_E_IO, o->path, "%s: %s; name a file in a folder that can be written, or make room",
+         what, errno ? strerror(errno) : "the disk may be full");
+    out_drop(o);
+    return PATCH_E_IO;
+}
+
+/* Begin a file; after an error there is nothing to drop. */
+static patch_status out_open(OutFile *o, const char *path, patch_error *e) {
+    const size_t room = strlen(path) + 16;
+    int i;
+
+    memset(o, 0, sizeof *o);
+    o->path = path;
+    if (strcmp(path, "-") == 0) {
+        o->f = stdout;
+        o->path = "standard output";
+        return PATCH_OK;
+    }
+#ifdef EISDIR
+    if ((o->f = fopen(path, "r+b")) != NULL) /* changes nothing; a folder is refused before any work */
+        fclose(o->f);
+    else if (errno == EISDIR)
+        return out_fail(o, "cannot be written", e);
+    o->f = NULL;
+#endif
+    if ((o->temporary = take(&HEAP, room, 1)) == NULL)
+        return no_memory(e, path, room);
+    errno = EEXIST;
+    for (i = 0; i < 100 && o->f == NULL && errno == EEXIST; i++) {
+        snprintf(o->temporary, room, "%s.tmp%d", path, i);
+        errno = 0;
+        o->f = fopen(o->temporary, "wbx"); /* x: never over a file that is there */
+    }
+    return o->f == NULL ? out_fail(o, "cannot be written", e) : PATCH_OK;
+}
+
+/* Finish: the file stands whole under its name, or the error says why not and nothing stays behind. */
+static patch_status out_close(OutFile *o, patch_error *e) {
+    int bad;
+
+    errno = 0;
+    if (fflush(o->f) != 0 || ferror(o->f))
+        return out_fail(o, "could not be written whole", e);
+    if (o->temporary != NULL) {
+        bad = fclose(o->f) != 0;
+        o->f = NULL;
+        if (bad || rename(o->temporary, o->path) != 0) {
+            remove(o->temporary);
+            return out_fail(o, "could not be finished", e);
+        }
+    }
+    out_drop(o);
+    return PATCH_OK;
+}
+
+/* A format: exactly one of the two writers is there; write_all takes all tables of a call at once. */
+typedef struct Format {
+    const char *ending;
+    TableWriter write;
+    void (*write_all)(FILE *f, const Table *tables, size_t n);
+    int names_model; /* it holds the model's SHA-256, which takes a reading of the whole file */
+} Format;
+
+/* Of every command that has none of its own. */
+static const Format FORMATS[] = {
+    {".npy", write_npy, NULL, 0},
+    {".csv", write_csv, NULL, 0},
+    {".json", write_json, NULL, 1},
+    {".svg", write_svg, NULL, 0},
+    {".html", NULL, write_html_tables, 1},
+    {NULL, NULL, NULL, 0},
+};
+
+/* The format in a list that a path's ending names ("-": CSV); NULL where there is none. */
+static const Format *format_of(const char *path, const Format *list) {
+    const char *dot = strrchr(path, '.');
+    const char *ending = strcmp(path, "-") == 0 ? ".csv" : dot != NULL ? dot : "";
+
+    while (list->ending != NULL && strcmp(list->ending, ending) != 0)
+        list++;
+    return list->ending != NULL ? list : NULL;
+}
+
+/* One table, or all where the format can hold them, into one path. */
+static patch_status write_path(const char *path, const Format *format, const Table *tables, size_t n,
+                               patch_error *e) {
+    OutFile o;
+    patch_status status = out_open(&o, path, e);
+
+    if (status != PATCH_OK)
+        return status;
+    if (format->write_all != NULL)
+        format->write_all(o.f, tables, n);
+    else
+        format->write(o.f, tables);
+    return out_close(&o, e);
+}
+
+/* All tables of a call into one of its paths; several go from FILE.EXT into FILE-NAME.EXT each. */
+static patch_status write_tables(const char *path, const Format *formats, const Table *tables,
+                                 size_t n, patch_error *e) {
+    const Format *format = format_of(path, formats);
+    const char *dot = strrchr(path, '.');
+    patch_status status = PATCH_OK;
+    size_t i;
+
+    if (format->write_all != NULL)
+        return write_path(path, format, tables, n, e);
+    for (i = 0; i < n && status == PATCH_OK; i++) {
+        const size_t room = strlen(path) + strlen(tables[i].name) + 2;
+        char *name = take(&HEAP, room, 1);
+
+        if (name == NULL)
+            return no_memory(e, path, room);
+        if (n == 1 || strcmp(path, "-") == 0)
+            snprintf(name, room, "%s", path);
+        else
+            snprintf(name, room, "%.*s-%s%s", (int)(dot - path), path, tables[i].name, dot);
+        status = write_path(name, format, &tables[i], 1, e);
+        give(&HEAP, name);
+    }
+    return status;
+}
+
+/* ---- 12.9 The processed flat file (`fold`) ---- */
+
+/* A flat file on its way: tensors are written one after another while their table is filled; the head,
+   which holds the table's checksum, comes last, over zeros. */
+typedef struct FlatFile {
+    FILE *f;
+    ModelFile file;       /* sizes and flags as the new file will have them */
+    unsigned char *table; /* [n_tensors, TABLE_ROW] */
+    size_t n, at;         /* tensors finished, bytes written */
+    uint32_t crc;         /* of the tensor being written */
+} FlatFile;
+
+static void set_little(unsigned char *p, uint64_t value, int n) {
+    int i;
+
+    for (i = 0; i < n; i++)
+        p[i] = (unsigned char)(value >> 8 * i);
+}
+
+static void flat_write(FlatFile *w, const void *bytes, size_t n) {
+    w->crc = crc32_of(w->crc, bytes, n);
+    w->at += fwrite(bytes, 1, n, w->f);
+}
+
+static void flat_floats(FlatFile *w, const float *values, size_t n) {
+    unsigned char bytes[4096];
+    size_t i, j;
+
+    for (i = 0; i < n; i += j) {
+        for (j = 0; j < sizeof bytes / 4 && i + j < n; j++) {
+            uint32_t bits;
+
+            memcpy(&bits, &values[i + j], 4);
+            set_little(bytes + 4 * j, bits, 4);
+        }
+        flat_write(w, bytes, 4 * j);
+    }
+}
+
+static void flat_zeros(FlatFile *w, size_t until) {
+    for (; w->at < until; w->at++)
+        fputc(0, w->f);
+}
+
+/* The next tensor begins: zeros up to the alignment, then its row of the table. */
+static void flat_begin(FlatFile *w, uint32_t type) {
+    const Expected x = expected_tensor(&w->file, w->n);
+    unsigned char *row = w->table + w->n++ * TABLE_ROW;
+
+    flat_zeros(w, (w->at + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    memcpy(row, x.name, 48);
+    set_little(row + 48, type, 4);
+    set_little(row + 52, x.is_matrix ? 2 : 1, 4);
+    set_little(row + 56, x.rows, 4);
+    set_little(row + 60, x.cols, 4);
+    set_little(row + 64, w->at, 8);
+    w->crc = 0;
+}
+
+static void flat_end(FlatFile *w) {
+    set_little(w->table + (w->n - 1) * TABLE_ROW + 72, w->crc, 4);
+}
+
+/* A tensor as the model's file has it. */
+static int flat_copy(FlatFile *w, const Model *m, const Tensor *t) {
+    size_t at, n;
+
+    flat_begin(w, t->type);
+    for (at = 0; at < t->rows; at += n) {
+        const unsigned char *p;
+
+        n = t->rows - at < VOCAB_CHUNK ? t->rows - at : VOCAB_CHUNK;
+        if ((p = weights(&m->file, t, at, n, &m->allocator)) == NULL)
+            return 0;
+        flat_write(w, p, n * (t->bytes / t->rows));
+        weights_done(&m->file, t, n, p, &m->allocator);
+    }
+    flat_end(w);
+    return 1;
+}
+
+/* One processed matrix in panels, and its bias. */
+static patch_status flat_linear(FlatFile *w, const Work *work, size_t layer, int which,
+                                double *value_bias, float *panels, patch_error *e) {
+    Linear l = layer_linear(work->m, layer, which);
+    patch_status s;
+    size_t i;
+
+    if (l.takes_value_bias)
+        l.shift = value_bias;
+    if ((s = linear(work, &l, NULL, panels, e)) != PATCH_OK)
+        return s;
+    if (l.drop_bias)
+        memcpy(value_bias, work->bias, l.n * sizeof *value_bias);
+    flat_begin(w, TYPE_PANELS);
+    flat_floats(w, panels, (l.n + PANEL - 1) / PANEL * PANEL * l.k);
+    flat_end(w);
+    flat_begin(w, TYPE_F32);
+    for (i = 0; i < l.n; i++) {
+        const float bias = l.drop_bias ? 0.0f : (float)work->bias[i];
+
+        flat_floats(w, &bias, 1);
+    }
+    flat_end(w);
+    return PATCH_OK;
+}
+
+/* All tensors of the new file, in its order. */
+static patch_status flat_tensors(FlatFile *w, const Work *work, double *value_bias, float *panels,
+                                 patch_error *e) {
+    const Model *m = work->m;
+    const ModelFile *f = &m->file;
+    const size_t ln2 = f->processing & DID_FOLD ? (size_t)FOLD_LN2_W : (size_t)RAW_LN2_W;
+    int ok = flat_copy(w, m, &f->tensors[0]) && flat_copy(w, m, &f->tensors[1]), which;
+    size_t layer, i;
+
+    for (layer = 0; ok && layer < f->L; layer++)
+        for (which = LINEAR_Q; ok && which < LINEARS; which++) {
+            patch_status s;
+
+            if (which == LINEAR_Q || which == LINEAR_IN)
+                for (i = 0; ok && i < 2; i++)
+                    ok = flat_copy(w, m, layer_tensor(f, layer, (which == LINEAR_Q ? 0 : ln2) + i));
+            if (ok && (s = flat_linear(w, work, layer, which, value_bias, panels, e)) != PATCH_OK)
+                return s;
+        }
+    for (i = 0; ok && i < (f->untied ? 3u : 2u); i++)
+        ok = flat_copy(w, m, tail_tensor(f, i));
+    return ok ? PATCH_OK : unreadable(m, e);
+}
+
+/* Head and table, over the zeros at the file's beginning. */
+static void flat_head(FlatFile *w, size_t tokenizer_at, uint32_t tokenizer_crc) {
+    const ModelFile *f = &w->file;
+    const uint64_t words[] = {1, f->L, f->H, f->C, f->M, f->N, f->V, f->act_fn};
+    unsigned char head[HEAD_BYTES] = {0};
+    uint64_t eps;
+    int i;
+
+    memcpy(head, "ACTPATCH", 8);
+    for (i = 0; i < 8; i++)
+        set_little(head + 8 + 4 * i, words[i], 4);
+    memcpy(&eps, &f->eps, 8);
+    set_little(head + 40, eps, 8);
+    set_little(head + 48, f->inverse_layer, 4);
+    set_little(head + 52, f->n_tensors, 4);
+    set_little(head + 56, f->tokenizer_bytes ? tokenizer_at : 0, 8);
+    set_little(head + 64, f->tokenizer_bytes, 8);
+    set_little(head + 72, w->at, 8);
+    set_little(head + 80, crc32_of(0, w->table, (size_t)f->n_tensors * TABLE_ROW), 4);
+    set_little(head + 84, tokenizer_crc, 4);
+    set_little(head + 88, f->processing, 4);
+    set_little(head + 124, crc32_of(0, head, 124), 4);
+    if (fseek(w->f, 0, SEEK_SET) == 0) {
+        fwrite(head, 1, sizeof head, w->f);
+        fwrite(w->table, TABLE_ROW, f->n_tensors, w->f);
+    }
+}
+
+patch_status patch_model_fold(const patch_model *m, const char *path, patch_error *e) {
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    const size_t C = m->file.C, wide = m->max_k + PANEL, start =
+        (HEAD_BYTES + (4 + m->file.L * FOLD_PER_LAYER + (m->file.untied != 0)) * TABLE_ROW +
+         ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    double *value_bias = pool_take(&pool, C, sizeof *value_bias);
+    float *panels = pool_take(&pool, (C + PANEL) * wide, sizeof *panels);
+    const unsigned char *tokenizer = m->tokenizer.section;
+    FlatFile w;
+    OutFile out;
+    Work work;
+    patch_status s;
+
+    memset(&w, 0, sizeof w);
+    w.file = m->file;
+    w.file.processing = m->steps | DID_FOLD;
+    w.file.n_tensors = (uint32_t)(4 + m->file.L * FOLD_PER_LAYER + (m->file.untied != 0));
+    w.table = pool_take(&pool, w.file.n_tensors, TABLE_ROW);
+    if (!value_bias || !panels || !w.table)
+        return pool_end(&pool, no_memory(e, path, pool.refused));
+    if ((s = work_begin(&work, m, &pool, NULL, e)) != PATCH_OK ||
+        (s = out_open(&out, path, e)) != PATCH_OK)
+        return pool_end(&pool, s);
+    w.f = out.f;
+    flat_zeros(&w, start);
+    if (w.file.tokenizer_bytes > 0)
+        flat_write(&w, tokenizer, w.file.tokenizer_bytes);
+    if ((s = flat_tensors(&w, &work, value_bias, panels, e)) == PATCH_OK) {
+        flat_head(&w, start, crc32_of(0, tokenizer, w.file.tokenizer_bytes));
+        s = out_close(&out, e);
+    } else
+        out_drop(&out);
+    return pool_end(&pool, s);
+}
+
+/* ---- 12.10 SHA-256 (FIPS 180-4) ---- */
+
+typedef struct Sha256 {
+    uint32_t state[8];
+    unsigned char block[64];
+    uint64_t n; /* bytes so far */
+} Sha256;
+
+static void sha256_block(uint32_t state[8], const unsigned char *p) {
+    static const uint32_t k[64] = {
+        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+        0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+        0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+        0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+        0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+        0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+        0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+    uint32_t w[64], s[8];
+    int i;
+
+#define ROTATE(x, n) ((x) >> (n) | (x) << (32 - (n)))
+    for (i = 0; i < 16; i++, p += 4)
+        w[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+    for (; i < 64; i++)
+        w[i] = w[i - 16] + w[i - 7] +
+               (ROTATE(w[i - 15], 7) ^ ROTATE(w[i - 15], 18) ^ w[i - 15] >> 3) +
+               (ROTATE(w[i - 2], 17) ^ ROTATE(w[i - 2], 19) ^ w[i - 2] >> 10);
+    memcpy(s, state, sizeof s);
+    for (i = 0; i < 64; i++) {
+        const uint32_t one = s[7] + (ROTATE(s[4], 6) ^ ROTATE(s[4], 11) ^ ROTATE(s[4], 25)) +
+                             ((s[4] & s[5]) ^ (~s[4] & s[6])) + k[i] + w[i];
+        const uint32_t two = (ROTATE(s[0], 2) ^ ROTATE(s[0], 13) ^ ROTATE(s[0], 22)) +
+                             ((s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]));
+
+        memmove(s + 1, s, 7 * sizeof *s);
+        s[4] += one;
+        s[0] = one + two;
+    }
+#undef ROTATE
+    for (i = 0; i < 8; i++)
+        state[i] += s[i];
+}
+
+static void sha256_begin(Sha256 *h) {
+    static const uint32_t first[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                      0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+
+    memcpy(h->state, first, sizeof first);
+    h->n = 0;
+}
+
+static void sha256_add(Sha256 *h, const void *bytes, size_t n) {
+    const unsigned char *p = bytes;
+
+    while (n > 0) {
+        const size_t at = (size_t)(h->n % 64), some = n < 64 - at ? n : 64 - at;
+
+        if (some < 64)
+            memcpy(h->block + at, p, some);
+        if (at + some == 64)
+            sha256_block(h->state, some == 64 ? p : h->block);
+        p += some;
+        n -= some;
+        h->n += some;
+    }
+}
+
+/* The digest as hexadecimal digits. */
+static void sha256_end(Sha256 *h, char hex[65]) {
+    static const unsigned char padding[64] = {0x80};
+    unsigned char length[8];
+    int i;
+
+    for (i = 0; i < 8; i++)
+        length[i] = (unsigned char)(h->n * 8 >> (56 - 8 * i));
+    sha256_add(h, padding, (size_t)(64 - (h->n + 8) % 64));
+    sha256_add(h, length, 8);
+    for (i = 0; i < 8; i++)
+        snprintf(hex + 8 * i, 9, "%08lx", (unsigned long)h->state[i]);
+}
+
+patch_status patch_model_sha256(const patch_model *m, char hex[65], patch_error *e) {
+    enum { PIECE = 1 << 20 };
+    const ModelFile *f = &m->file;
+    unsigned char *copy = f->map.bytes ? NULL : take(&m->allocator, PIECE, 1);
+    int ok = f->map.bytes != NULL || copy != NULL;
+    size_t at, n;
+    Sha256 h;
+
+    sha256_begin(&h);
+    for (at = 0; ok && at < f->map.size; at += n) {
+        n = f->map.size - at < PIECE ? f->map.size - at : PIECE;
+        ok = copy == NULL || map_read(f->path, at, n, copy);
+        sha256_add(&h, copy ? copy : f->map.bytes + at, n);
+        if (copy == NULL)
+            map_release(&f->map, f->map.bytes + at, n);
+    }
+    sha256_end(&h, hex);
+    give(&m->allocator, copy);
+    return ok ? PATCH_OK : unreadable(m, e);
+}
+
+/* ==== 13. Command line ============================================================================
+   Left out where PATCH_NO_MAIN is defined. A new command is a function, its line in COMMANDS, and
+   lines in OPTIONS for what it alone accepts. Nothing here is global: one App is one call. */
+
+#ifndef PATCH_NO_MAIN
+
+#include <signal.h>
+#if defined(__unix__) || defined(__APPLE__)
+#define HAS_POSIX 1
+#include <sys/ioctl.h>
+#include <unistd.h>
+#else
+#define HAS_POSIX 0
+#endif
+
+#ifndef ACTPATCH_PREFIX
+#define ACTPATCH_PREFIX "/usr/local" /* of an installation; the Makefile knows better */
+#endif
+
+/* ---- 13.1 One call: what it was asked, memory, messages --------------------------------------- */
+
+typedef struct App App;
+
+typedef struct Command {
+    const char *name, *operands, *summary;
+    const char *text;      /* the rest of its help */
+    unsigned accepts;      /* groups of OPTIONS */
+    size_t least, most;    /* operands */
+    const char *needs;     /* an option with a value that must be there; NULL: none */
+    const Format *formats; /* that -o takes; NULL: a file of any name but - */
+    int one_file;          /* it makes exactly one file */
+    patch_status (*run)(App *app, patch_error *e);
+} Command;
+
+/* The words of an option that may be repeated, or the operands. */
+typedef struct List {
+    const char **items; /* room for every argument of the call */
+    size_t n;
+} List;
+
+enum { MAX_SWEEPS = 32, PATH_ROOM = 4096, PLACE_ROOM = 128 /* as patch_error.where */ };
+
+/* Memory that lives as long as the call, so that no function below need clean up after itself. */
+typedef union Kept {
+    union Kept *next;
+    long double aligned;
+} Kept;
+
+struct App {
+    const char *program; /* argv[0] */
+    const Command *command;
+    List operands, outputs, answers;
+    patch_options load;
+    const char *model_path, *sweeps, *names, *text;
+    const char *sweep[MAX_SWEEPS]; /* of `sweeps`, each once */
+    size_t n_sweeps;
+    int metric, color, side; /* indices into METRICS, COLORS, SIDES */
+    int no_processing, no_bos, noising, normalize, per_prompt, brute, stats, verify, help;
+    int k;
+    patch_model *model;
+    Kept *kept;
+};
+
+/* In functions with an `app` and an `e`: an error returns at once. */
+#define TRY(call)                                                                                  \
+    do {                                                                                           \
+        const patch_status try_status = (call);                                                    \
+        if (try_status != PATCH_OK)                                                                \
+            return try_status;                                                                     \
+    } while (0)
+#define KEEP(pointer, n)                                                                           \
+    do {                                                                                           \
+        if (((pointer) = keep(app, n, sizeof *(pointer), e)) == NULL)                              \
+            return PATCH_E_MEMORY;                                                                 \
+    } while (0)
+
+/* n zeroed elements; NULL and *e where there is no memory. */
+static void *keep(App *app, size_t n, size_t size, patch_error *e) {
+    size_t bytes = SIZE_MAX;
+    Kept *block = NULL;
+
+    if (size_times(n, size, &bytes) && size_plus(bytes, sizeof *block, &bytes))
+        block = take_zeroed(&HEAP, bytes, 1);
+    if (block == NULL) {
+        no_memory(e, app->command->name, bytes);
+        return NULL;
+    }
+    block->next = app->kept;
+    app->kept = block;
+    return block + 1;
+}
+
+/* A formatted string. */
+static patch_status keep_text(App *app, char **text, patch_error *e, const char *format, ...) {
+    va_list values;
+    int n;
+
+    va_start(values, format);
+    n = vsnprintf(NULL, 0, format, values);
+    va_end(values);
+    KEEP(*text, (size_t)n + 1);
+    va_start(values, format);
+    vsnprintf(*text, (size_t)n + 1, format, values);
+    va_end(values);
+    return PATCH_OK;
+}
+
+/* One line on stderr: what, where, what to do; e->message has the first and the last as "what; what
+   to do". Control bytes of file names and prompts are masked, so that it stays one line. */
+static void print_message(const char *kind, const patch_error *e) {
+    char line[sizeof e->where + sizeof e->message + 32], *p;
+    const char *s, *remedy = NULL;
+    int length;
+
+    for (s = strstr(e->message, "; "); s != NULL; s = strstr(s + 1, "; "))
+        remedy = s;
+    length = remedy != NULL ? (int)(remedy - e->message) : (int)strlen(e->message);
+    snprintf(line, sizeof line, "actpatch: %s%.*s, %s%s%s", kind, length, e->message, e->where,
+             remedy != NULL ? ", " : "", remedy != NULL ? remedy + 2 : "");
+    for (p = line; *p != '\0'; p++)
+        if ((unsigned char)*p < 0x20 || *p == 0x7F)
+            *p = '?';
+    fprintf(stderr, "%s\n", line);
+}
+
+/* Whether file descriptor 1 or 2 is a terminal. */
+static int is_terminal(int descriptor) {
+#if HAS_POSIX
+    return isatty(descriptor);
+#else
+    return descriptor < 0;
+#endif
+}
+
+/* What standard output can show. --color goes before NO_COLOR (https://no-color.org), and that before
+   what COLORTERM and TERM say. */
+static Screen screen_of(const App *app) {
+    const char *term = getenv("TERM"), *more = getenv("COLORTERM"), *no = getenv("NO_COLOR");
+    const char *columns = getenv("COLUMNS");
+    const int terminal = is_terminal(1), always = app->color == 1;
+    Screen screen = {0, 0};
+
+    if (!terminal && !always)
+        return screen;
+    screen.columns = columns != NULL ? atoi(columns) : 0;
+#if HAS_POSIX && defined(TIOCGWINSZ)
+    {
+        struct winsize size;
+
+        if (ioctl(1, TIOCGWINSZ, &size) == 0 && size.ws_col > 0)
+            screen.columns = size.ws_col;
+    }
+#endif
+    screen.columns = screen.columns < 1 || screen.columns > 10000 ? 80 : screen.columns;
+    if (!always && (app->color == 2 || (no != NULL && *no != '\0')))
+        return screen;
+    term = term != NULL ? term : "";
+    if (more != NULL && (strcmp(more, "truecolor") == 0 || strcmp(more, "24bit") == 0))
+        screen.colours = 1 << 24;
+    else if (always || strstr(term, "256") != NULL || strncmp(term, "xterm", 5) == 0 ||
+             strncmp(term, "screen", 6) == 0 || strncmp(term, "tmux", 4) == 0)
+        screen.colours = 256;
+    return screen;
+}
+
+/* ---- 13.2 Options ----------------------------------------------------------------------------- */
+
+/* Groups of options: a command accepts whole groups. */
+enum {
+    ON_MODEL = 1,  /* loads a model */
+    ON_TEXT = 2,   /* reads texts */
+    ON_OUTPUT = 4, /* writes files */
+    ON_METRIC = 8, /* measures */
+    ON_SWEEP = 16, /* patches: direction, scale, examples, colours */
+    ON_PATCH = 32, /* from here on: of one command each */
+    ON_TOP = 64,
+    ON_CACHE = 128,
+    ON_INFO = 256,
+    ON_ALL = 512
+};
+
+typedef enum Kind {
+    TAKES_NOTHING, /* stores `least` in an int */
+    TAKES_TEXT,
+    TAKES_LIST,    /* texts: it may be repeated */
+    TAKES_COUNT,   /* least..most, into an int */
+    TAKES_BYTES,   /* with K, M or G, into a size_t */
+    TAKES_WORD     /* one of `words`: its index, into an int */
+} Kind;
+
+typedef struct Option {
+    const char *name, *value;
+    unsigned group;
+    Kind kind;
+    size_t field; /* where in App */
+    int least, most;
+    const char *const *words;
+    const char *help;
+} Option;
+
+static const char *const METRICS[] = {"logit_diff", "logit", "prob", "logprob", "kl", "rank", NULL};
+static const char *const COLORS[] = {"auto", "always", "never", NULL};
+static const char *const SIDES[] = {"clean", "corrupted", NULL};
+
+#define FLAG(name, group, field, stores, help)                                                     \
+    {name, NULL, group, TAKES_NOTHING, offsetof(App, field), stores, 0, NULL, help}
+#define VALUE(name, value, group, kind, field, help)                                               \
+    {name, value, group, kind, offsetof(App, field), 0, 0, NULL, help}
+#define COUNT(name, value, group, field, least, most, help)                                        \
+    {name, value, group, TAKES_COUNT, offsetof(App, field), least, most, NULL, help}
+#define WORD(name, value, group, field, words, help)                                               \
+    {name, value, group, TAKES_WORD, offsetof(App, field), 0, 0, words, help}
+
+/* In the order of the help. */
+static const Option OPTIONS[] = {
+    VALUE("--sweep", "NAME,...", ON_PATCH, TAKES_TEXT, sweeps, "what to patch, or `all`"),
+    VALUE("--names", "GLOB,...", ON_CACHE, TAKES_TEXT, names, "hook points; * matches dots too"),
+    VALUE("--text", "TEXT", ON_CACHE, TAKES_TEXT, text, "one prompt instead of a file"),
+    WORD("--run", "SIDE", ON_CACHE, side, SIDES, "clean (default) or corrupted prompts"),
+    VALUE("--answer", "TEXT", ON_TOP, TAKES_LIST, answers, "list this token too; repeatable"),
+    COUNT("-k", "N", ON_TOP, k, 0, INT_MAX, "how many tokens (default 10)"),
+    FLAG("--verify", ON_INFO, verify, 1, "check every checksum in the file"),
+    WORD("--metric", "NAME", ON_METRIC, metric, METRICS,
+         "logit_diff (default), logit, prob, logprob, kl or rank"),
+    FLAG("--noising", ON_SWEEP, noising, 1, "corrupted activations into the clean run"),
+    FLAG("--normalize", ON_SWEEP, normalize, 1, "0 is the unpatched run, 1 (noising: -1) the other"),
+    FLAG("--per-prompt", ON_SWEEP, per_prompt, 1, "every example instead of the mean"),
+    FLAG("--brute", ON_PATCH, brute, 1, "a full pass a cell: the same bits, slowly"),
+    FLAG("--stats", ON_PATCH, stats, 1, "what it cost, on stderr and in .json"),
+    WORD("--color", "WHEN", ON_SWEEP, color, COLORS, "auto (default), always or never"),
+    VALUE("-o", "FILE", ON_OUTPUT, TAKES_LIST, outputs, "write a file, see above"),
+    FLAG("--no-bos", ON_TEXT, no_bos, 1, "no <|endoftext|> in front of texts"),
+    VALUE("-m", "MODEL", ON_MODEL, TAKES_TEXT, model_path,
+          "default: $ACTPATCH_MODEL, else the bundled model"),
+    COUNT("--threads", "N", ON_MODEL, load.threads, 1, 4096, "default: one a core"),
+    VALUE("--max-memory", "BYTES", ON_MODEL, TAKES_BYTES, load.max_memory,
+          "a bound, as 500000000, 64M or 2G (of 1024s)"),
+    FLAG("--plain", ON_MODEL, load.plain, 1, "the scalar reference kernels"),
+    FLAG("--no-processing", ON_MODEL, no_processing, 1, "none of these four:"),
+    FLAG("--no-fold-ln", ON_MODEL, load.fold_ln, 0, ""),
+    FLAG("--no-center-writing-weights", ON_MODEL, load.center_writing_weights, 0, ""),
+    FLAG("--no-center-unembed", ON_MODEL, load.center_unembed, 0, ""),
+    FLAG("--no-fold-value-biases", ON_MODEL, load.fold_value_biases, 0, ""),
+    FLAG("--refactor-factored-attn-matrices", ON_MODEL, load.refactor_factored_attn_matrices, 1, ""),
+    FLAG("-h", ON_ALL, help, 1, "this help"),
+    FLAG("--help", ON_ALL, help, 1, "this help"),
+};
+
+#define N_OPTIONS (sizeof OPTIONS / sizeof *OPTIONS)
+
+/* A number without sign at the start of text[0..n); returns the bytes it takes, 0: there is none or it
+   is too large. */
+static size_t parse_digits(const char *text, size_t n, size_t *out) {
+    size_t i;
+
+    *out = 0;
+    for (i = 0; i < n && text[i] >= '0' && text[i] <= '9'; i++)
+        if (!size_times(*out, 10, out) || !size_plus(*out, (size_t)(text[i] - '0'), out))
+            return 0;
+    return i;
+}
+
+/* Digits and nothing else, or with a unit behind them where that is asked for. */
+static int parse_size(const char *text, int with_unit, size_t *out) {
+    static const char units[] = "KMG";
+    const char *end = text + parse_digits(text, strlen(text), out);
+    const char *unit = with_unit && end > text && *end != '\0' ? strchr(units, *end) : NULL;
+    const char *u;
+
+    for (u = units; unit != NULL && u <= unit; u++)
+        if (!size_times(*out, 1024, out))
+            return 0;
+    return end > text && end[unit != NULL] == '\0';
+}
+
+static patch_status set_option(App *app, const Option *o, const char *value, patch_error *e) {
+    void *field = (char *)app + o->field;
+    List *list = field;
+    size_t n = 0;
+
+    switch (o->kind) {
+    case TAKES_NOTHING:
+        *(int *)field = o->least;
+        break;
+    case TAKES_TEXT:
+        *(const char **)field = value;
+        break;
+    case TAKES_LIST:
+        list->items[list->n++] = value;
+        break;
+    case TAKES_COUNT:
+        if (!parse_size(value, 0, &n) || n < (size_t)o->least || n > (size_t)o->most)
+            return fail(e, PATCH_E_USAGE, o->name, "%.60s is no number of %d..%d; give one", value,
+                        o->least, o->most);
+        *(int *)field = (int)n;
+        break;
+    case TAKES_BYTES:
+        if (!parse_size(value, 1, field) || *(size_t *)field == 0)
+            return fail(e, PATCH_E_USAGE, o->name, "%.60s is no number of bytes; give one, as 64M",
+                        value);
+        break;
+    case TAKES_WORD:
+        while (o->words[n] != NULL && strcmp(o->words[n], value) != 0)
+            n++;
+        if (o->words[n] == NULL)
+            return fail(e, PATCH_E_USAGE, o->name, "unknown word %.60s; choose %s", value, o->help);
+        *(int *)field = (int)n;
+        break;
+    }
+    return PATCH_OK;
+}
+
+/* The option of that name, `length` bytes of it; NULL: unknown. */
+static const Option *find_option(const char *name, size_t length) {
+    size_t i;
+
+    for (i = 0; i < N_OPTIONS; i++)
+        if (strlen(OPTIONS[i].name) == length && memcmp(OPTIONS[i].name, name, length) == 0)
+            return &OPTIONS[i];
+    return NULL;
+}
+
+/* The option at argv[*i]; its value follows = or is the next argument, whatever that looks like. */
+static patch_status parse_option(App *app, char **argv, int *i, patch_error *e) {
+    const char *word = argv[*i], *command = app->command->name;
+    const char *equals = strncmp(word, "--", 2) == 0 ? strchr(word, '=') : NULL;
+    const Option *o = find_option(word, equals ? (size_t)(equals - word) : strlen(word));
+
+    if (o == NULL || !(o->group & (app->command->accepts | ON_ALL)))
+        return fail(e, PATCH_E_USAGE, command, "%s option %.60s; see actpatch %s -h",
+                    o ? "this command has no" : "unknown", word, command);
+    if (o->kind == TAKES_NOTHING)
+        return equals == NULL ? set_option(app, o, NULL, e)
+                              : fail(e, PATCH_E_USAGE, o->name, "it has no value; leave out %.60s", equals);
+    if (!equals && argv[*i + 1] == NULL)
+        return fail(e, PATCH_E_USAGE, o->name, "its value is missing; give %s %s", o->name, o->value);
+    return set_option(app, o, equals ? equals + 1 : argv[++*i], e);
+}
+
+/* Sweeps parted by commas; `all` is every one but that whose size is quadratic in the prompt. */
+static patch_status choose_sweeps(App *app, patch_error *e) {
+    const char *list = app->sweeps, *known;
+    size_t length, i, k, all, found;
+
+    for (; list != NULL; list = list[length] == ',' ? list + length + 1 : NULL) {
+        length = strcspn(list, ",");
+        all = length == 3 && memcmp(list, "all", 3) == 0;
+        for (i = found = 0; (known = patch_sweep_name(i)) != NULL; i++) {
+            if (all ? strcmp(known, "attn_head_pattern_dest_src_pos") == 0
+                    : strlen(known) != length || memcmp(known, list, length) != 0)
+                continue;
+            for (k = 0; k < app->n_sweeps && app->sweep[k] != known; k++)
+                ;
+            if (k == app->n_sweeps && k < MAX_SWEEPS) /* named twice, made once */
+                app->sweep[app->n_sweeps++] = known;
+            found = 1;
+        }
+        if (!found)
+            return fail(e, PATCH_E_USAGE, "--sweep", "unknown sweep %.*s; actpatch patch -h lists them",
+                        length < 60 ? (int)length : 60, list);
+    }
+    return PATCH_OK;
+}
+
+/* What the arguments must be together. */
+static patch_status check_usage(App *app, patch_error *e) {
+    const Command *c = app->command;
+    const Option *o = c->needs != NULL ? find_option(c->needs, strlen(c->needs)) : NULL;
+    size_t i;
+
+    if (app->operands.n < c->least)
+        return fail(e, PATCH_E_USAGE, c->name, "%s is missing; see actpatch %s -h", c->operands, c->name);
+    if (app->operands.n > c->most)
+        return fail(e, PATCH_E_USAGE, c->name, "%.60s is a word too many; put a text in quotes",
+                    app->operands.items[c->most]);
+    if (o != NULL && *(const char *const *)(const void *)((const char *)app + o->field) == NULL)
+        return fail(e, PATCH_E_USAGE, c->name, "%s is missing; give %s %s", o->name, o->name, o->value);
+    if (c->one_file && app->outputs.n != 1)
+        return fail(e, PATCH_E_USAGE, c->name, "it makes one file; give one -o FILE");
+    for (i = 0; i < app->outputs.n; i++) {
+        const char *path = app->outputs.items[i];
+
+        if (c->formats ? format_of(path, c->formats) == NULL : strcmp(path, "-") == 0)
+            return fail(e, PATCH_E_USAGE, path, "unknown file ending; see actpatch %s -h", c->name);
+    }
+    return choose_sweeps(app, e);
+}
+
+static patch_status parse_arguments(App *app, int argc, char **argv, patch_error *e) {
+    int i, only_operands = 0;
+
+    KEEP(app->operands.items, (size_t)argc);
+    KEEP(app->outputs.items, (size_t)argc);
+    KEEP(app->answers.items, (size_t)argc);
+    for (i = 2; i < argc; i++) {
+        if (only_operands || argv[i][0] != '-' || argv[i][1] == '\0')
+            app->operands.items[app->operands.n++] = argv[i];
+        else if (strcmp(argv[i], "--") == 0)
+            only_operands = 1;
+        else
+            TRY(parse_option(app, argv, &i, e));
+    }
+    return app->help ? PATCH_OK : check_usage(app, e);
+}
+
+/* ---- 13.3 Prompts -----------------------------------------------------------------------------
+   A TSV file: UTF-8, LF or CRLF, a BOM skipped, empty lines ignored, fields verbatim. The first line
+   names the columns. Places are told by line, as an editor counts. */
+
+typedef struct Field {
+    const char *text; /* of the file, not terminated; any bytes but tab and newline */
+    size_t length;
+} Field;
+
+typedef struct Tsv {
+    const char *path;
+    size_t n_columns, n_rows; /* without the line of names */
+    Field *fields;            /* [1 + n_rows, n_columns], the names first */
+    size_t *lines;            /* [1 + n_rows] */
+} Tsv;
+
+/* "ioi.tsv: line 3"; of a long path the end. Row 0 is the line of names. */
+static const char *tsv_place(const Tsv *t, size_t row, char place[PLACE_ROOM]) {
+    const size_t n = strlen(t->path), cut = n > 90 ? n - 90 : 0;
+
+    snprintf(place, PLACE_ROOM, "%s: line %lu", t->path + cut, (unsigned long)t->lines[row]);
+    return place;
+}
+
+/* All of a file ("-": standard input), up to a gigabyte: a bound for what never ends. */
+static patch_status read_file(App *app, const char *path, const char **text, size_t *n,
+                              patch_error *e) {
+    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    size_t room = 1 << 15, got = 1;
+    char *bytes = NULL, *larger;
+    patch_status status = PATCH_OK;
+
+    if (f == NULL)
+        return fail(e, PATCH_E_IO, path, "%s; give the path of a file", strerror(errno));
+    for (*n = 0; got > 0 && status == PATCH_OK; *n += got) {
+        if (bytes == NULL || *n == room) {
+            larger = (room *= 2) <= (size_t)1 << 30 ? keep(app, room, 1, e) : NULL;
+            if (larger != NULL && bytes != NULL)
+                memcpy(larger, bytes, *n);
+            if ((bytes = larger) == NULL)
+                status = no_memory(e, path, room);
+        }
+        got = bytes != NULL ? fread(bytes + *n, 1, room - *n, f) : 0;
+    }
+    if (status == PATCH_OK && ferror(f))
+        status = fail(e, PATCH_E_IO, path, "%s; give the path of a file", strerror(errno));
+    if (f != stdin)
+        fclose(f);
+    *text = bytes;
+    return status;
+}
+
+/* Cut n bytes at tabs; returns how many fields that makes. */
+static size_t tsv_cut(const char *text, size_t n, Field *fields) {
+    size_t i, count = 0, start = 0;
+
+    for (i = 0; i <= n; i++)
+        if (i == n || text[i] == '\t') {
+            fields[count].text = text + start;
+            fields[count++].length = i - start;
+            start = i + 1;
+        }
+    return count;
+}
+
+static patch_status tsv_read(App *app, Tsv *t, const char *path, patch_error *e) {
+    size_t n = 0, at, end, length, line = 0, lines = 1, cuts = 1, count, row = 0;
+    const char *text = NULL, *newline;
+    char place[PLACE_ROOM];
+
+    t->path = strcmp(path, "-") == 0 ? "standard input" : path;
+    TRY(read_file(app, path, &text, &n, e));
+    for (at = 0; at < n; at++) {
+        lines += text[at] == '\n';
+        cuts += text[at] == '\n' || text[at] == '\t';
+    }
+    KEEP(t->fields, cuts);
+    KEEP(t->lines, lines);
+    cuts = 0;
+    for (at = n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0; at < n; at = end + 1) {
+        newline = memchr(text + at, '\n', n - at);
+        end = newline != NULL ? (size_t)(newline - text) : n;
+        length = end - at - (end > at && text[end - 1] == '\r');
+        line++;
+        if (length == 0)
+            continue;
+        count = tsv_cut(text + at, length, t->fields + cuts);
+        t->lines[row] = line;
+        t->n_columns = row == 0 ? count : t->n_columns;
+        if (count != t->n_columns)
+            return fail(e, PATCH_E_INPUT, tsv_place(t, row, place),
+                        "%lu fields where the first line names %lu columns; part fields by one tab",
+                        (unsigned long)count, (unsigned long)t->n_columns);
+        cuts += count;
+        row++;
+    }
+    if (row < 2)
+        return fail(e, PATCH_E_INPUT, t->path, "no examples; name columns in the first line, parted "
+                    "by tabs, and give an example in each further line");
+    t->n_rows = row - 1;
+    return PATCH_OK;
+}
+
+/* The column of that name, -1 where there is none; two of one name are an error. */
+static patch_status tsv_column(const Tsv *t, const char *name, int *column, patch_error *e) {
+    char place[PLACE_ROOM];
+    size_t i;
+
+    *column = -1;
+    for (i = 0; i < t->n_columns; i++) {
+        if (t->fields[i].length != strlen(name) || memcmp(t->fields[i].text, name, strlen(name)) != 0)
+            continue;
+        if (*column >= 0)
+            return fail(e, PATCH_E_INPUT, tsv_place(t, 0, place), "two columns %s; leave one out", name);
+        *column = (int)i;
+    }
+    return PATCH_OK;
+}
+
+/* What an example is made of: each role has a column of text or one of ids. */
+enum { CLEAN, CORRUPTED, ANSWER, WRONG, N_ROLES };
+static const char *const ROLES[N_ROLES][2] = {{"clean", "clean_ids"},
+                                              {"corrupted", "corrupted_ids"},
+                                              {"answer", "answer_id"},
+                                              {"wrong", "wrong_id"}};
+#define NEEDS(role) (1u << (role))
+
+typedef struct Prompts {
+    Tsv tsv;
+    size_t n;
+    int column[N_ROLES];     /* -1: not there, or not asked for */
+    int has_ids[N_ROLES];    /* the column holds ids */
+    patch_example *examples; /* [n] */
+    int warned_space, warned_answer;
+} Prompts;
+
+/* The prompt of one side of an example; NULL where it was not asked for. */
+static const int *prompt_ids(const Prompts *p, size_t row, int side) {
+    return side == CLEAN ? p->examples[row].clean : p->examples[row].corrupted;
+}
+
+/* Ids of a text. Tokenising twice costs less than room for an id a byte would. */
+static patch_status encode(App *app, const char *text, size_t n, int bos, const int **ids,
+                           size_t *n_ids, patch_error *e) {
+    patch_status status = patch_encode(app->model, text, n, bos, NULL, 0, n_ids, e);
+    int *made;
+
+    if (status != PATCH_OK && status != PATCH_E_SIZE)
+        return status;
+    KEEP(made, *n_ids);
+    *ids = made;
+    return patch_encode(app->model, text, n, bos, made, *n_ids, n_ids, e);
+}
+
+/* Ids written as numbers, parted by spaces. */
+static patch_status read_ids(App *app, const Field *field, const char *place, const int **ids,
+                             size_t *n_ids, patch_error *e) {
+    const char *text = field->text;
+    size_t i, used, number;
+    int *made;
+
+    KEEP(made, field->length / 2 + 1);
+    *n_ids = 0;
+    for (i = 0; i < field->length; i += used) {
+        used = parse_digits(text + i, field->length - i, &number);
+        if (used > 0 && number <= INT_MAX && (i == 0 || text[i - 1] == ' '))
+            made[(*n_ids)++] = (int)number;
+        else if (used == 0 && text[i] == ' ')
+            used = 1;
+        else
+            return fail(e, PATCH_E_INPUT, place, "%.*s is no id; write numbers parted by spaces",
+                        (int)(field->length - i < 20 ? field->length - i : 20), text + i);
+    }
+    *ids = made;
+    return PATCH_OK;
+}
+
+#define TOKEN_ROOM 48
+
+/* A token for a message: |text|, escaped and cut; its number where there is no text. */
+static const char *token_shown(const App *app, int id, char shown[TOKEN_ROOM]) {
+    size_t n = 0, i = 0, used = 1;
+    const char *text = patch_token(app->model, id, &n);
+
+    snprintf(shown, TOKEN_ROOM, text != NULL ? "|" : "id %d", id);
+    while (text != NULL && i < n && used + ESCAPE_ROOM + 1 < TOKEN_ROOM) {
+        i += escape_next(text + i, n - i, shown + used);
+        used += strlen(shown + used);
+    }
+    if (text != NULL)
+        snprintf(shown + used, TOKEN_ROOM - used, "|");
+    return shown;
+}
+
+/* A prompt: some tokens, all of this model, no more than it takes. An answer: one token. */
+static patch_status check_ids(const App *app, const int *ids, size_t n, int is_answer,
+                              const char *name, const char *place, patch_error *e) {
+    const patch_dims *d = patch_model_dims(app->model);
+    char first[TOKEN_ROOM], second[TOKEN_ROOM];
+    size_t i;
+
+    if (n == 0)
+        return fail(e, PATCH_E_INPUT, place, "%s is empty; give some text", name);
+    for (i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= d->d_vocab)
+            return fail(e, PATCH_E_INPUT, place, "%s: id %d is none of the model's; give 0..%d", name,
+                        ids[i], d->d_vocab - 1);
+    if (is_answer && n > 1)
+        return fail(e, PATCH_E_INPUT, place,
+                    "%s is %lu tokens (%s%s%s) and must be one; choose a word of one token, with its "
+                    "leading space", name, (unsigned long)n, token_shown(app, ids[0], first),
+                    token_shown(app, ids[1], second), n > 2 ? "..." : "");
+    if (n > (size_t)d->n_ctx)
+        return fail(e, PATCH_E_INPUT, place, "%s has %lu tokens where the model takes %d; shorten it",
+                    name, (unsigned long)n, d->n_ctx);
+    return PATCH_OK;
+}
+
+/* Two things that are seldom meant, each told once a file: "shops,  John" has a token more than
+   "shops, John" (GPT-2's 220), and "Mary" is another token than " Mary". */
+static void warn_spaces(Prompts *p, int role, const Field *field, const char *place) {
+    int *warned = role >= ANSWER ? &p->warned_answer : &p->warned_space;
+    patch_error w;
+    size_t i;
+
+    for (i = 1; i < field->length && memcmp(field->text + i - 1, "  ", 2) != 0; i++)
+        ;
+    if (*warned || (role >= ANSWER ? field->length == 0 || field->text[0] == ' ' : i >= field->length))
+        return;
+    fail(&w, PATCH_OK, place, role >= ANSWER
+             ? "%s has no leading space; write it as it follows the prompt"
+             : "%s has a double space, which is a token more; take it out unless it is meant",
+         ROLES[role][0]);
+    print_message("warning: ", &w);
+    *warned = 1;
+}
+
+/* Prompts that meet have one length: where two differ, say where they part. */
+static patch_status check_lengths(const App *app, const char *place, const char *name, const int *a,
+                                  size_t n_a, const char *other, const int *b, size_t n_b,
+                                  patch_error *e) {
+    char shown_a[TOKEN_ROOM], shown_b[TOKEN_ROOM];
+    size_t i = 0;
+
+    if (n_a == n_b)
+        return PATCH_OK;
+    while (i < n_a && i < n_b && a[i] == b[i])
+        i++;
+    return fail(e, PATCH_E_INPUT, place,
+                "%s has %lu tokens where %s has %lu, and the first that differs is number %lu, %s where "
+                "that has %s; give all prompts the same length", name, (unsigned long)n_a, other,
+                (unsigned long)n_b, (unsigned long)i, i < n_a ? token_shown(app, a[i], shown_a) : "none",
+                i < n_b ? token_shown(app, b[i], shown_b) : "none");
+}
+
+/* One role of one example. */
+static patch_status prompts_role(App *app, Prompts *p, size_t row, int role, patch_error *e) {
+    const Field *field = &p->tsv.fields[(row + 1) * p->tsv.n_columns + (size_t)p->column[role]];
+    const char *name = ROLES[role][p->has_ids[role]];
+    patch_example *x = &p->examples[row];
+    char place[PLACE_ROOM];
+    const int *ids = NULL;
+    size_t n = 0;
+
+    tsv_place(&p->tsv, row + 1, place);
+    if (p->has_ids[role])
+        TRY(read_ids(app, field, place, &ids, &n, e));
+    else
+        TRY(encode(app, field->text, field->length, role < ANSWER && !app->no_bos, &ids, &n, e));
+    TRY(check_ids(app, ids, n, role >= ANSWER, name, place, e));
+    if (!p->has_ids[role])
+        warn_spaces(p, role, field, place);
+    if (role >= ANSWER) {
+        *(role == ANSWER ? &x->answer : &x->wrong) = ids[0];
+        return PATCH_OK;
+    }
+    if (x->clean != NULL)
+        TRY(check_lengths(app, place, name, ids, n, "clean", x->clean, (size_t)x->n_tokens, e));
+    *(role == CLEAN ? &x->clean : &x->corrupted) = ids;
+    x->n_tokens = (int)n;
+    return PATCH_OK;
+}
+
+/* Find the columns: `need` and `may` are sets of roles, which must and may be there. */
+static patch_status prompts_columns(Prompts *p, unsigned need, unsigned may, patch_error *e) {
+    char place[PLACE_ROOM];
+    int role, text, ids;
+
+    tsv_place(&p->tsv, 0, place);
+    for (role = 0; role < N_ROLES; role++) {
+        TRY(tsv_column(&p->tsv, ROLES[role][0], &text, e));
+        TRY(tsv_column(&p->tsv, ROLES[role][1], &ids, e));
+        if (text >= 0 && ids >= 0)
+            return fail(e, PATCH_E_INPUT, place, "both %s and %s; leave one out", ROLES[role][0],
+                        ROLES[role][1]);
+        p->has_ids[role] = ids >= 0;
+        p->column[role] = (need | may) & NEEDS(role) ? (ids >= 0 ? ids : text) : -1;
+        if ((need & NEEDS(role)) && p->column[role] < 0)
+            return fail(e, PATCH_E_INPUT, place, "no column %s; name it in the first line, behind a tab",
+                        ROLES[role][0]);
+    }
+    return PATCH_OK;
+}
+
+/* Read a prompts file. one_length: all examples must have it. */
+static patch_status prompts_read(App *app, const char *path, unsigned need, unsigned may,
+                                 int one_length, Prompts *p, patch_error *e) {
+    const int side = need & NEEDS(CLEAN) ? CLEAN : CORRUPTED;
+    char place[PLACE_ROOM], first[PLACE_ROOM];
+    size_t row;
+    int role;
+
+    memset(p, 0, sizeof *p);
+    TRY(tsv_read(app, &p->tsv, path, e));
+    TRY(prompts_columns(p, need, may, e));
+    p->n = p->tsv.n_rows;
+    KEEP(p->examples, p->n);
+    snprintf(first, sizeof first, "line %lu", (unsigned long)p->tsv.lines[1]);
+    for (row = 0; row < p->n; row++) {
+        for (role = 0; role < N_ROLES; role++)
+            if (p->column[role] >= 0)
+                TRY(prompts_role(app, p, row, role, e));
+        if (one_length)
+            TRY(check_lengths(app, tsv_place(&p->tsv, row + 1, place), "this prompt", prompt_ids(p, row, side),
+                              (size_t)p->examples[row].n_tokens, first, prompt_ids(p, 0, side),
+                              (size_t)p->examples[0].n_tokens, e));
+    }
+    return PATCH_OK;
+}
+
+/* ---- 13.4 Commands: info, tokens, top --------------------------------------------------------- */
+
+/* A file that comes with the program: in tests/tiny beside it, or installed; 0: nowhere. */
+static int bundled(const App *app, const char *name, char path[PATH_ROOM]) {
+    char program[PATH_ROOM];
+    const char *slash;
+    FILE *f = NULL;
+    int way;
+
+    snprintf(program, sizeof program, "%s", app->program);
+#if HAS_POSIX
+    {
+        const ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+
+        if (n > 0)
+            program[n] = '\0';
+    }
+#endif
+    slash = strrchr(program, '/');
+    for (way = 0; way < 2 && f == NULL; way++) {
+        if (way == 0)
+            snprintf(path, PATH_ROOM, "%.*stests/tiny/%s", slash ? (int)(slash - program + 1) : 0,
+                     program, name);
+        else
+            snprintf(path, PATH_ROOM, "%s/share/actpatch/%s", ACTPATCH_PREFIX, name);
+        if ((f = fopen(path, "rb")) != NULL)
+            fclose(f);
+    }
+    return f != NULL;
+}
+
+static patch_status open_model(App *app, patch_error *e) {
+    const char *environment = getenv("ACTPATCH_MODEL");
+    char path[PATH_ROOM];
+
+    if (app->no_processing)
+        app->load.fold_ln = app->load.center_writing_weights = app->load.center_unembed =
+            app->load.fold_value_biases = 0;
+    if (app->model_path == NULL && environment != NULL && *environment != '\0')
+        app->model_path = environment;
+    if (app->model_path == NULL && !bundled(app, "model.bin", path))
+        return fail(e, PATCH_E_IO, "-m", "no model is named, and none is in tests/tiny beside the "
+                    "program or in " ACTPATCH_PREFIX "/share/actpatch; give -m MODEL or set "
+                    "ACTPATCH_MODEL");
+    return patch_model_open(app->model_path ? app->model_path : path, &app->load, &app->model, e);
+}
+
+/* The processings, by the names that TransformerLens gives them. */
+static const struct {
+    const char *name;
+    size_t field;
+} PROCESSING[] = {
+    {"fold_ln", offsetof(patch_options, fold_ln)},
+    {"center_writing_weights", offsetof(patch_options, center_writing_weights)},
+    {"center_unembed", offsetof(patch_options, center_unembed)},
+    {"fold_value_biases", offsetof(patch_options, fold_value_biases)},
+    {"refactor_factored_attn_matrices", offsetof(patch_options, refactor_factored_attn_matrices)},
+};
+#define N_PROCESSING (sizeof PROCESSING / sizeof *PROCESSING)
+
+static int processing_on(const App *app, size_t i) {
+    const char *options = (const char *)patch_model_options(app->model);
+
+    return *(const int *)(const void *)(options + PROCESSING[i].field) != 0;
+}
+
+/* Lines `name value`, parted by a tab. */
+static patch_status cmd_info(App *app, patch_error *e) {
+    static const char *const act_fns[] = {"gelu_new", "gelu", "relu"}, *const every[] = {"*"};
+    const patch_dims *d = patch_model_dims(app->model);
+    char sha256[65];
+    size_t i, length, tokens = 0, cache = 0;
+
+    TRY(patch_model_sha256(app->model, sha256, e));
+    if (app->verify)
+        TRY(patch_model_verify(app->model, e));
+    TRY(patch_run_with_cache(app->model, NULL, 1, (size_t)d->n_ctx, every, 1, &cache, NULL, e));
+    for (i = 0; i < (size_t)d->d_vocab; i++)
+        tokens += patch_token(app->model, (int)i, &length) != NULL;
+    printf("n_layers\t%d\nn_heads\t%d\nd_model\t%d\nd_head\t%d\nd_mlp\t%d\nn_ctx\t%d\nd_vocab\t%d\n",
+           d->n_layers, d->n_heads, d->d_model, d->d_head, d->d_mlp, d->n_ctx, d->d_vocab);
+    printf("act_fn\t%s\neps\t%.9g\nparameters\t%.0f\n", act_fns[d->act_fn], d->eps, d->parameters);
+    printf("tokenizer_size\t%lu\nbos\t%d\n", (unsigned long)tokens, d->bos);
+    for (i = 0; i < N_PROCESSING; i++)
+        printf("%s\t%s\n", PROCESSING[i].name, processing_on(app, i) ? "yes" : "no");
+    printf("folded\t%s\ndtype\t%s\nfile_bytes\t%.0f\n", d->folded ? "yes" : "no",
+           d->dtype ? "f16" : "f32", d->file_bytes);
+    printf("cache_bytes\t%.0f\n", (double)cache); /* of everything, for one prompt of n_ctx tokens */
+    printf("kernels\t%s\nthreads\t%d\nsha256\t%s\n", d->kernels, d->threads, sha256);
+    if (app->verify)
+        printf("checksums\tgood\n");
+    return PATCH_OK;
+}
+
+/* |a|b| with what a line cannot show escaped; nothing between the bars where there is no tokenizer. */
+static void put_tokens(const App *app, const int *ids, size_t n) {
+    char piece[ESCAPE_ROOM];
+    size_t i, at, length;
+
+    putchar('|');
+    for (i = 0; i < n; i++) {
+        const char *token = patch_token(app->model, ids[i], &length);
+
+        for (at = 0; token != NULL && at < length; fputs(piece, stdout))
+            at += escape_next(token + at, length - at, piece);
+        putchar('|');
+    }
+}
+
+static patch_status cmd_tokens(App *app, patch_error *e) {
+    const int *ids = NULL;
+    size_t t, i, n;
+
+    for (t = 0; t < app->operands.n; t++) {
+        const char *text = app->operands.items[t];
+
+        TRY(encode(app, text, strlen(text), !app->no_bos, &ids, &n, e));
+        for (i = 0; i < n; i++)
+            printf(i ? " %d" : "%d", ids[i]);
+        putchar('\n');
+        put_tokens(app, ids, n);
+        putchar('\n');
+    }
+    return PATCH_OK;
+}
+
+typedef struct Scored {
+    float logit;
+    int id;
+} Scored;
+
+/* Highest first; equal logits by id. */
+static int compare_scored(const void *a, const void *b) {
+    const Scored *x = a, *y = b;
+
+    if (x->logit != y->logit)
+        return x->logit > y->logit ? -1 : 1;
+    return x->id < y->id ? -1 : x->id > y->id;
+}
+
+/* All tokens in the order of their logits behind a prompt. */
+static patch_status final_logits(App *app, const int *ids, size_t n, const Scored **scored,
+                                 patch_error *e) {
+    const patch_dims *d = patch_model_dims(app->model);
+    const patch_run run = {ids, (int)n, NULL, 0};
+    patch_read read = {PATCH_LN_FINAL_NORMALIZED, 0, 0, (int)n - 1, NULL, 0};
+    Scored *list;
+    float *logits;
+    int i;
+
+    KEEP(read.out, (size_t)d->d_model);
+    KEEP(logits, (size_t)d->d_vocab);
+    KEEP(list, (size_t)d->d_vocab);
+    TRY(patch_execute(app->model, &run, 1, &read, 1, NULL, e));
+    TRY(patch_logits(app->model, read.out, 1, logits, e));
+    for (i = 0; i < d->d_vocab; i++) {
+        list[i].logit = isnan(logits[i]) ? -INFINITY : logits[i]; /* an order needs numbers */
+        list[i].id = i;
+    }
+    qsort(list, (size_t)d->d_vocab, sizeof *list, compare_scored);
+    *scored = list;
+    return PATCH_OK;
+}
+
+/* The ids of a text on the command line: a prompt, or an answer. */
+static patch_status encode_argument(App *app, const char *text, int is_answer, const int **ids, size_t *n,
+                                    patch_error *e) {
+    TRY(encode(app, text, strlen(text), !is_answer && !app->no_bos, ids, n, e));
+    return check_ids(app, *ids, *n, is_answer, is_answer ? "the answer" : "the prompt",
+                     is_answer ? "--answer" : app->command->name, e);
+}
+
+/* The k best tokens, then the answers. */
+static patch_status cmd_top(App *app, patch_error *e) {
+    const int v = patch_model_dims(app->model)->d_vocab, k = app->k < v ? app->k : v;
+    const size_t lines = (size_t)k + app->answers.n;
+    const int *ids = NULL;
+    const Scored *list = NULL;
+    int rank, *rank_of;
+    double sum = 0;
+    size_t i, n = 0;
+
+    KEEP(rank_of, lines);
+    TRY(encode_argument(app, app->operands.items[0], 0, &ids, &n, e));
+    TRY(final_logits(app, ids, n, &list, e));
+    for (i = 0; i < lines; i++) {
+        rank = (int)i;
+        if (i >= (size_t)k) {
+            TRY(encode_argument(app, app->answers.items[i - (size_t)k], 1, &ids, &n, e));
+            for (rank = 0; list[rank].id != ids[0]; rank++)
+                ;
+        }
+        rank_of[i] = rank;
+    }
+    for (rank = v - 1; rank >= 0; rank--) /* the small ones first */
+        sum += exp((double)list[rank].logit - (double)list[0].logit);
+    for (i = 0; i < lines; i++) {
+        const Scored *s = &list[rank_of[i]];
+
+        printf("%d\t%d\t%.9g\t%.9g\t", rank_of[i], s->id, (double)s->logit,
+               exp((double)s->logit - (double)list[0].logit) / sum);
+        put_tokens(app, &s->id, 1);
+        putchar('\n');
+    }
+    return PATCH_OK;
+}
+
+/* ---- 13.5 Commands: diff, cache, fold --------------------------------------------------------- */
+
+/* Which roles a metric reads. */
+static unsigned metric_needs(int metric) {
+    return (metric == PATCH_KL ? 0 : NEEDS(ANSWER)) | (metric == PATCH_LOGIT_DIFF ? NEEDS(WRONG) : 0);
+}
+
+/* The mean of n numbers that lie `step` apart, summed in order. */
+static double mean_of(const double *values, size_t n, size_t step) {
+    double sum = 0;
+    size_t i;
+
+    for (i = 0; i < n; i++)
+        sum += values[i * step];
+    return sum / (double)n;
+}
+
+/* All tables of a call into all its files. */
+static patch_status write_outputs(const App *app, const Table *tables, size_t n, patch_error *e) {
+    size_t i;
+
+    for (i = 0; i < app->outputs.n; i++)
+        TRY(write_tables(app->outputs.items[i], app->command->formats, tables, n, e));
+    return PATCH_OK;
+}
+
+/* The rows of `diff`: line, clean, corrupted where there is one; then the mean. */
+static void put_diff(FILE *f, const Table *t, char parted_by) {
+    const size_t n = t->axis[0].size, columns = t->axis[1].size;
+    const double mean[2] = {t->clean, t->corrupted};
+    char number[NUMBER_ROOM];
+    size_t row, k;
+
+    fputs("line", f);
+    for (k = 0; k < columns; k++)
+        fprintf(f, "%c%s", parted_by, SIDES[k]);
+    for (row = 0; row <= n; row++) {
+        fprintf(f, "\n%s", row < n ? t->axis[0].labels[row] : "mean");
+        for (k = 0; k < columns; k++)
+            fprintf(f, "%c%s", parted_by,
+                    number_text(row < n ? t->values[row * columns + k] : mean[k], number));
+    }
+    fputc('\n', f);
+}
+
+static void write_diff_csv(FILE *f, const Table *t) {
+    put_diff(f, t, ',');
+}
+
+static void write_diff_json(FILE *f, const Table *t) {
+    const size_t n = t->axis[0].size, columns = t->axis[1].size;
+    size_t row;
+
+    fprintf(f, "{\"command\":\"diff\",\"metric\":\"%s\",\"examples\":[", t->metric);
+    for (row = 0; row <= n; row++) { /* the means stand behind the list */
+        if (row < n)
+            fprintf(f, "%s\n{\"line\":%s,\"clean\":", row ? "," : "", t->axis[0].labels[row]);
+        else
+            fputs("],\n\"clean\":", f);
+        json_number(f, row < n ? t->values[row * columns] : t->clean);
+        fputs(",\"corrupted\":", f);
+        json_number(f, columns < 2 ? (double)NAN
+                       : row < n   ? t->values[row * columns + 1]
+                                   : t->corrupted);
+        fputs(row < n ? "}" : "}\n", f);
+    }
+}
+
+static const Format DIFF_FORMATS[] = {{".npy", write_npy, NULL, 0},
+                                      {".csv", write_diff_csv, NULL, 0},
+                                      {".json", write_diff_json, NULL, 0},
+                                      {NULL, NULL, NULL, 0}};
+
+static patch_status cmd_diff(App *app, patch_error *e) {
+    Table t = {0};
+    Prompts p;
+    double *values;
+    size_t i, silent = 0;
+
+    TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN) | metric_needs(app->metric),
+                     NEEDS(CORRUPTED), 0, &p, e));
+    KEEP(values, 2 * p.n);
+    TRY(patch_measure(app->model, p.examples, p.n, (patch_metric)app->metric, values, NULL, e));
+    t.command = t.name = "diff";
+    t.metric = METRICS[app->metric];
+    t.rank = 2;
+    t.axis[0].name = "example";
+    t.axis[0].size = p.n;
+    KEEP(t.axis[0].labels, p.n);
+    for (i = 0; i < p.n; i++)
+        TRY(keep_text(app, &t.axis[0].labels[i], e, "%lu", (unsigned long)p.tsv.lines[i + 1]));
+    t.axis[1].name = "run";
+    t.axis[1].size = p.column[CORRUPTED] >= 0 ? 2 : 1;
+    t.clean = mean_of(values, p.n, 2);
+    t.corrupted = mean_of(values + 1, p.n, 2);
+    for (i = 0; t.axis[1].size == 1 && i < p.n; i++) /* [B,2] becomes [B,1] */
+        values[i] = values[2 * i];
+    t.values = values;
+    for (i = 0; i < app->outputs.n; i++)
+        silent += strcmp(app->outputs.items[i], "-") == 0;
+    if (!silent)
+        put_diff(stdout, &t, '\t');
+    return write_outputs(app, &t, 1, e);
+}
+
+#define FINAL_ROWS "ln_final.hook_normalized" /* what logits are made from */
+
+/* What one call of `cache` runs and keeps. */
+typedef struct CacheCall {
+    int *tokens; /* [B,T] */
+    size_t n_prompts, n_tokens;
+    patch_cache *cache; /* what the globs name, and FINAL_ROWS */
+    int keep_final;     /* whether the globs name that too */
+} CacheCall;
+
+static patch_status cache_tokens(App *app, CacheCall *c, patch_error *e) {
+    const int *ids = NULL;
+    Prompts p = {0};
+    size_t i;
+
+    if ((app->text != NULL) == (app->operands.n > 0))
+        return fail(e, PATCH_E_USAGE, "cache", "it runs PROMPTS or --text; give one of them");
+    if (app->text != NULL) {
+        TRY(encode_argument(app, app->text, 0, &ids, &c->n_tokens, e));
+        c->n_prompts = 1;
+    } else {
+        TRY(prompts_read(app, app->operands.items[0], NEEDS(app->side), 0, 1, &p, e));
+        c->n_prompts = p.n;
+        c->n_tokens = (size_t)p.examples[0].n_tokens;
+    }
+    KEEP(c->tokens, c->n_prompts * c->n_tokens);
+    for (i = 0; i < c->n_prompts; i++)
+        memcpy(c->tokens + i * c->n_tokens, app->text ? ids : prompt_ids(&p, i, app->side),
+               c->n_tokens * sizeof *ids);
+    return PATCH_OK;
+}
+
+/* Globs parted by commas. The sizes with and without FINAL_ROWS tell whether they name it. */
+static patch_status cache_run(App *app, CacheCall *c, patch_error *e) {
+    const size_t B = c->n_prompts, T = c->n_tokens;
+    const double logits = 4.0 * (double)(B * T) * patch_model_dims(app->model)->d_vocab;
+    char *names = NULL, *comma;
+    const char **globs;
+    size_t n = 1, asked = 0, needed = 0;
+
+    TRY(keep_text(app, &names, e, "%s", app->names));
+    KEEP(globs, strlen(names) + 2);
+    for (globs[0] = names; (comma = strchr(names, ',')) != NULL; globs[n++] = names = comma + 1)
+        *comma = '\0';
+    TRY(patch_run_with_cache(app->model, c->tokens, B, T, globs, n, &asked, NULL, e));
+    globs[n++] = FINAL_ROWS;
+    TRY(patch_run_with_cache(app->model, c->tokens, B, T, globs, n, &needed, NULL, e));
+    c->keep_final = asked == needed;
+    if (needed > 1000000000 || is_terminal(2))
+        fprintf(stderr, "actpatch: cache: %.1f MB of memory for activations, %.1f MB of file\n",
+                (double)needed / 1e6, ((double)asked + logits) / 1e6);
+    return patch_run_with_cache(app->model, c->tokens, B, T, globs, n, NULL, &c->cache, e);
+}
+
+/* Every tensor that is asked for: into the head (offset != NULL), or its data. */
+static void cache_tensors(FILE *f, const CacheCall *c, uint64_t *offset) {
+    size_t i, n;
+    int k;
+
+    for (i = 0; i < patch_cache_count(c->cache); i++) {
+        const patch_tensor t = patch_cache_get(c->cache, i);
+
+        if (!c->keep_final && strcmp(t.name, FINAL_ROWS) == 0)
+            continue;
+        for (n = 1, k = 0; k < t.rank; k++)
+            n *= t.shape[k];
+        if (offset != NULL)
+            safetensors_entry(f, t.name, "F32", t.rank, t.shape, offset);
+        else
+            put_floats(f, t.data, n);
+    }
+}
+
+/* Tokens, the activations, and the logits, which are never there as a whole. */
+static patch_status cache_write(App *app, const CacheCall *c, FILE *f, patch_error *e) {
+    const size_t C = (size_t)patch_model_dims(app->model)->d_model;
+    const size_t V = (size_t)patch_model_dims(app->model)->d_vocab, n = c->n_prompts * c->n_tokens;
+    const size_t shape[3] = {c->n_prompts, c->n_tokens, V};
+    const float *final = NULL;
+    uint64_t offset = 0;
+    float *logits;
+    size_t i, rows;
+
+    KEEP(logits, LOGIT_ROWS * V);
+    safetensors_begin(f);
+    safetensors_entry(f, "tokens", "I64", 2, shape, &offset);
+    cache_tensors(f, c, &offset);
+    safetensors_entry(f, "logits", "F32", 3, shape, &offset);
+    safetensors_end(f);
+    for (i = 0; i < n; i++)
+        put_little(f, (uint64_t)c->tokens[i], 8);
+    cache_tensors(f, c, NULL);
+    for (i = 0; i < patch_cache_count(c->cache); i++)
+        if (strcmp(patch_cache_get(c->cache, i).name, FINAL_ROWS) == 0)
+            final = patch_cache_get(c->cache, i).data;
+    for (i = 0; i < n && !ferror(f); i += rows) {
+        rows = n - i < LOGIT_ROWS ? n - i : LOGIT_ROWS;
+        TRY(patch_logits(app->model, final + i * C, rows, logits, e));
+        put_floats(f, logits, rows * V);
+    }
+    return PATCH_OK;
+}
+
+static const Format CACHE_FORMATS[] = {{".safetensors", NULL, NULL, 0}, {NULL, NULL, NULL, 0}};
+
+static patch_status cmd_cache(App *app, patch_error *e) {
+    CacheCall c = {0};
+    OutFile o = {0};
+    patch_status status;
+
+    TRY(cache_tokens(app, &c, e));
+    status = cache_run(app, &c, e);
+    if (status == PATCH_OK)
+        status = out_open(&o, app->outputs.items[0], e);
+    if (status == PATCH_OK)
+        status = cache_write(app, &c, o.f, e);
+    if (status == PATCH_OK)
+        status = out_close(&o, e);
+    out_drop(&o);
+    patch_cache_free(c.cache);
+    return status;
+}
+
+static patch_status cmd_fold(App *app, patch_error *e) {
+    return patch_model_fold(app->model, app->outputs.items[0], e);
+}
+
+/* ---- 13.6 Tables of a prompts file: what their axes and files have in common ------------------- */
+
+/* The labels of positions and heads, and a table that has everything but name, axes and values. */
+typedef struct Common {
+    char **positions, **heads; /* [T], [H] */
+    Table table;
+    char model[65]; /* SHA-256 */
+} Common;
+
+/* TOKEN_i of the first clean prompt, as in TransformerLens's demos, and H0, H1, ... */
+static patch_status common_labels(App *app, const Prompts *p, Common *c, patch_error *e) {
+    const size_t n = (size_t)p->examples[0].n_tokens;
+    const size_t n_heads = (size_t)patch_model_dims(app->model)->n_heads;
+    const char **tokens;
+    size_t *bytes, i;
+    char *number;
+
+    KEEP(tokens, n);
+    KEEP(bytes, n);
+    KEEP(c->positions, n);
+    KEEP(c->heads, n_heads);
+    for (i = 0; i < n; i++) {
+        tokens[i] = patch_token(app->model, p->examples[0].clean[i], &bytes[i]);
+        if (tokens[i] == NULL) { /* without a tokenizer an id is its own name */
+            TRY(keep_text(app, &number, e, "%d", p->examples[0].clean[i]));
+            bytes[i] = strlen(tokens[i] = number);
+        }
+        TRY(keep_text(app, &c->positions[i], e, "%.*s_%lu", (int)bytes[i], tokens[i], (unsigned long)i));
+    }
+    for (i = 0; i < n_heads; i++)
+        TRY(keep_text(app, &c->heads[i], e, "H%lu", (unsigned long)i));
+    c->table.tokens = tokens;
+    c->table.token_bytes = bytes;
+    c->table.n_tokens = n;
+    return PATCH_OK;
+}
+
+/* {"clean":[[..]],"corrupted":[[..]]}, the ids of every example. */
+static patch_status common_tokens(App *app, const Prompts *p, Common *c, patch_error *e) {
+    size_t row, room = 64;
+    int side, i, n;
+    char *at;
+
+    for (row = 0; row < p->n; row++)
+        room += 2 * (12 * (size_t)p->examples[row].n_tokens + 4);
+    KEEP(at, room);
+    c->table.json_tokens = at;
+    for (side = CLEAN; side <= CORRUPTED; side++) {
+        at += sprintf(at, "%s\"%s\":", side == CLEAN ? "{" : "],", SIDES[side]);
+        for (row = 0; row < p->n; row++) {
+            n = prompt_ids(p, row, side) != NULL ? p->examples[row].n_tokens : 0;
+            at += sprintf(at, row ? ",[" : "[[");
+            for (i = 0; i < n; i++)
+                at += sprintf(at, i ? ",%d" : "%d", prompt_ids(p, row, side)[i]);
+            at += sprintf(at, "]");
+        }
+    }
+    sprintf(at, "]}");
+    return PATCH_OK;
+}
+
+/* The settings that results depend on; threads, memory and kernels are none of them. */
+static patch_status common_settings(App *app, Common *c, patch_error *e) {
+    char text[400], *kept = NULL;
+    size_t i, used = (size_t)sprintf(text, "{\"version\":\"%s\",\"bos\":%s", PATCH_VERSION,
+                                     app->no_bos ? "false" : "true");
+
+    for (i = 0; i < N_PROCESSING; i++)
+        used += (size_t)snprintf(text + used, sizeof text - used, ",\"%s\":%s", PROCESSING[i].name,
+                                 processing_on(app, i) ? "true" : "false");
+    TRY(keep_text(app, &kept, e, "%s}", text));
+    c->table.json_settings = kept;
+    for (i = 0; i < app->outputs.n; i++)
+        if (format_of(app->outputs.items[i], app->command->formats)->names_model)
+            c->table.model = c->model;
+    return c->table.model != NULL ? patch_model_sha256(app->model, c->model, e) : PATCH_OK;
+}
+
+/* Fill all of c but the unpatched means and the stats. */
+static patch_status common_begin(App *app, const Prompts *p, Common *c, patch_error *e) {
+    memset(c, 0, sizeof *c);
+    c->table.command = app->command->name;
+    c->table.metric = METRICS[app->metric];
+    c->table.direction = app->noising ? "noising" : "denoising";
+    c->table.normalized = app->normalize;
+    TRY(common_labels(app, p, c, e));
+    TRY(common_tokens(app, p, c, e));
+    return common_settings(app, c, e);
+}
+
+/* One more axis, with the labels that belong to its name. */
+static Axis *add_axis(Table *t, const Common *c, const char *name, size_t size) {
+    Axis *axis = &t->axis[t->rank++];
+
+    axis->name = name;
+    axis->size = size;
+    axis->labels = axis_is(axis, "head") ? c->heads
+                   : axis_is(axis, "pos") || axis_is(axis, "dest") || axis_is(axis, "src")
+                       ? c->positions
+                       : NULL;
+    return axis;
+}
+
+/* What it cost, a JSON object. */
+static patch_status common_stats(App *app, const patch_stats *s, Common *c, patch_error *e) {
+    const struct {
+        const char *name;
+        double value;
+    } stats[] = {{"cells", s->cells},
+                 {"cells_skipped", s->cells_skipped},
+                 {"rows", s->rows},
+                 {"rows_shared", s->rows_shared},
+                 {"flops", s->flops},
+                 {"weight_bytes_read", s->weight_bytes_read},
+                 {"passes", s->passes},
+                 {"seconds_plan", s->seconds_plan},
+                 {"seconds_products", s->seconds_products},
+                 {"seconds_attention", s->seconds_attention},
+                 {"seconds_rest", s->seconds_rest},
+                 {"seconds_metric", s->seconds_metric},
+                 {"peak_bytes", s->peak_bytes}};
+    char text[1000], number[NUMBER_ROOM], *kept = NULL;
+    size_t i, used = 0;
+
+    for (i = 0; i < sizeof stats / sizeof *stats; i++)
+        used += (size_t)snprintf(text + used, sizeof text - used, "%s\"%s\":%s", i ? ",\n" : "{",
+                                 stats[i].name, number_text(stats[i].value, number));
+    TRY(keep_text(app, &kept, e, "%s}", text));
+    c->table.json_stats = kept;
+    return PATCH_OK;
+}
+
+/* ---- 13.7 Commands: patch --------------------------------------------------------------------- */
+
+/* The sweeps of one call, each a list of cells. What several of them share (*_every sweeps consist of
+   others) is computed once. */
+typedef struct Sweeps {
+    patch_shape shape[MAX_SWEEPS];
+    size_t start[MAX_SWEEPS + 1]; /* where a sweep's cells begin among all */
+    size_t *slot;                 /* [all]: which distinct cell each of them is */
+    patch_cell *cells;            /* [n_cells], the distinct ones */
+    size_t n_cells;
+    double *values; /* [B, n_cells] */
+} Sweeps;
+
+typedef struct Numbered {
+    patch_cell cell;
+    size_t number;
+} Numbered;
+
+/* Equal cells side by side, the earliest first. */
+static int compare_cells(const void *a, const void *b) {
+    const Numbered *x = a, *y = b;
+    const int order = memcmp(&x->cell, &y->cell, sizeof x->cell); /* ints, no padding between them */
+
+    return order != 0 ? order : x->number < y->number ? -1 : x->number > y->number;
+}
+
+/* Of n cells keep the distinct ones, in their order. */
+static patch_status share_cells(App *app, Sweeps *s, size_t n, patch_error *e) {
+    Numbered *sorted;
+    size_t i;
+
+    KEEP(s->slot, n);
+    KEEP(sorted, n);
+    for (i = 0; i < n; i++) {
+        sorted[i].cell = s->cells[i];
+        sorted[i].number = i;
+    }
+    qsort(sorted, n, sizeof *sorted, compare_cells);
+    for (i = 0; i < n; i++) { /* first the number of the earliest equal cell ... */
+        const int same = i > 0 && memcmp(&sorted[i].cell, &sorted[i - 1].cell, sizeof(patch_cell)) == 0;
+
+        s->slot[sorted[i].number] = same ? s->slot[sorted[i - 1].number] : sorted[i].number;
+    }
+    for (i = 0; i < n; i++) /* ... then its place among the distinct, none of which is behind i */
+        if (s->slot[i] < i) {
+            s->slot[i] = s->slot[s->slot[i]];
+        } else {
+            s->cells[s->n_cells] = s->cells[i];
+            s->slot[i] = s->n_cells++;
+        }
+    return PATCH_OK;
+}
+
+static patch_status plan_sweeps(App *app, Sweeps *s, int n_tokens, patch_error *e) {
+    size_t i;
+
+    for (i = 0; i < app->n_sweeps; i++) {
+        TRY(patch_sweep_cells(app->model, app->sweep[i], n_tokens, &s->shape[i], NULL, e));
+        s->start[i + 1] = s->start[i] + s->shape[i].n_cells;
+    }
+    KEEP(s->cells, s->start[i]);
+    for (i = 0; i < app->n_sweeps; i++)
+        TRY(patch_sweep_cells(app->model, app->sweep[i], n_tokens, &s->shape[i],
+                              s->cells + s->start[i], e));
+    return share_cells(app, s, s->start[i], e);
+}
+
+static patch_status show_progress(void *ctx, size_t first, size_t count, const double *values,
+                                  patch_error *e) {
+    const size_t all = *(const size_t *)ctx, done = first + count;
+
+    (void)values, (void)e;
+    fprintf(stderr, "\r%lu of %lu cells", (unsigned long)done, (unsigned long)all);
+    if (done == all)
+        fprintf(stderr, "\r%50s\r", "");
+    return PATCH_OK;
+}
+
+/* Every distinct cell for every example, and the unpatched means. */
+static patch_status compute_sweeps(App *app, Sweeps *s, const Prompts *p, Common *c,
+                                   patch_stats *stats, patch_error *e) {
+    patch_cells_options options = {0};
+    size_t items;
+    patch_error w;
+
+    if (!size_times(p->n, s->n_cells, &items))
+        return no_memory(e, "--sweep", SIZE_MAX);
+    KEEP(s->values, items);
+    KEEP(options.unpatched, 2 * p->n);
+    options.metric = (patch_metric)app->metric;
+    options.noising = app->noising;
+    options.brute = app->brute;
+    options.done = is_terminal(2) ? show_progress : NULL;
+    options.ctx = &items;
+    TRY(patch_cells(app->model, p->examples, p->n, s->cells, s->n_cells, &options, s->values, stats, e));
+    c->table.has_baseline = 1;
+    c->table.clean = mean_of(options.unpatched, p->n, 2);
+    c->table.corrupted = mean_of(options.unpatched + 1, p->n, 2);
+    if (app->normalize && c->table.clean == c->table.corrupted) {
+        fail(&w, PATCH_OK, "--normalize", "clean and corrupted mean are both %.9g, so values are nan or "
+             "infinite; choose other prompts or another metric", c->table.clean);
+        print_message("warning: ", &w);
+    }
+    return PATCH_OK;
+}
+
+/* Kinds of an *_every sweep are called as their hook points; z is a head's output. */
+static patch_status label_kinds(App *app, const Sweeps *s, size_t sweep, Axis *axis, patch_error *e) {
+    const size_t stride = s->shape[sweep].n_cells / axis->size;
+    char name[64];
+    size_t i;
+
+    KEEP(axis->labels, axis->size);
+    for (i = 0; i < axis->size; i++) {
+        const patch_hook hook = s->cells[s->slot[s->start[sweep] + i * stride]].hook;
+
+        patch_hook_name(hook, 0, name, sizeof name);
+        TRY(keep_text(app, &axis->labels[i], e, "%s",
+                      hook == PATCH_Z ? "out" : strstr(name, "hook_") + 5));
+    }
+    return PATCH_OK;
+}
+
+/* One sweep's table: its axes, and the values in its own order, all examples' or their means. */
+static patch_status sweep_table(App *app, const Sweeps *s, size_t sweep, const Prompts *p,
+                                const Common *c, Table *t, patch_error *e) {
+    const size_t *slot = s->slot + s->start[sweep], n = s->shape[sweep].n_cells;
+    const size_t rows = app->per_prompt ? p->n : 1;
+    const double zero = app->noising ? c->table.clean : c->table.corrupted;
+    double *values, *v;
+    size_t b, i;
+    int k;
+
+    *t = c->table;
+    t->name = app->sweep[sweep];
+    if (app->per_prompt)
+        add_axis(t, c, "example", p->n);
+    for (k = 0; k < s->shape[sweep].rank; k++) {
+        Axis *axis = add_axis(t, c, s->shape[sweep].axes[k], s->shape[sweep].size[k]);
+
+        if (axis_is(axis, "kind"))
+            TRY(label_kinds(app, s, sweep, axis, e));
+    }
+    KEEP(values, rows * n);
+    for (b = 0, v = values; b < rows; b++)
+        for (i = 0; i < n; i++, v++) {
+            *v = app->per_prompt ? s->values[b * s->n_cells + slot[i]]
+                                 : mean_of(s->values + slot[i], p->n, s->n_cells);
+            if (app->normalize)
+                *v = (*v - zero) / (c->table.clean - c->table.corrupted);
+        }
+    t->values = values;
+    return PATCH_OK;
+}
+
+static patch_status cmd_patch(App *app, patch_error *e) {
+    Sweeps s = {0};
+    patch_stats stats = {0};
+    Common c;
+    Prompts p;
+    Table *tables;
+    size_t i;
+
+    TRY(prompts_read(app, app->operands.items[0],
+                     NEEDS(CLEAN) | NEEDS(CORRUPTED) | metric_needs(app->metric), 0, 1, &p, e));
+    TRY(plan_sweeps(app, &s, p.examples[0].n_tokens, e));
+    TRY(common_begin(app, &p, &c, e));
+    TRY(compute_sweeps(app, &s, &p, &c, &stats, e));
+    if (app->stats)
+        TRY(common_stats(app, &stats, &c, e));
+    KEEP(tables, app->n_sweeps);
+    for (i = 0; i < app->n_sweeps; i++) {
+        TRY(sweep_table(app, &s, i, &p, &c, &tables[i], e));
+        if (app->outputs.n == 0)
+            write_screen(stdout, &tables[i], screen_of(app));
+    }
+    TRY(write_outputs(app, tables, app->n_sweeps, e));
+    if (app->stats)
+        fprintf(stderr, "%s\n", c.table.json_stats);
+    return PATCH_OK;
+}
+
+/* ---- 13.8 Help and main ----------------------------------------------------------------------- */
+
+static const Command COMMANDS[] = {
+    {"info", "", "what a model file is",
+     "Prints lines of a name, a tab and a value: dimensions, parameters, tokenizer, processing, the\n"
+     "bytes that a cache of everything takes for one prompt of full length, and the file's SHA-256.\n",
+     ON_MODEL | ON_INFO, 0, 0, NULL, FORMATS, 0, cmd_info},
+    {"tokens", "TEXT...", "how texts are cut into tokens",
+     "Prints two lines a text: the ids, and the tokens between bars, with \\n \\t \\r \\\\ and \\xHH for\n"
+     "bytes that cannot be shown.\n",
+     ON_MODEL | ON_TEXT, 1, SIZE_MAX, NULL, FORMATS, 0, cmd_tokens},
+    {"top", "TEXT", "which tokens the model expects after a text",
+     "Prints lines `rank id logit prob |token|` parted by tabs, the likeliest token (rank 0) first, then\n"
+     "such a line for each --answer, which is taken as it is: it mostly begins with a space.\n",
+     ON_MODEL | ON_TEXT | ON_TOP, 1, 1, NULL, FORMATS, 0, cmd_top},
+    {"diff", "PROMPTS", "the metric of every clean and corrupted prompt",
+     "Prints `line clean corrupted` parted by tabs, a row an example, and their mean. -o writes the same\n"
+     "as .csv or .json, the numbers alone as .npy [B,2], - is stdout as CSV.\n",
+     ON_MODEL | ON_TEXT | ON_METRIC | ON_OUTPUT, 1, 1, NULL, DIFF_FORMATS, 0, cmd_diff},
+    {"cache", "PROMPTS|--text TEXT", "activations, as TransformerLens's run_with_cache",
+     "Writes -o FILE.safetensors: every hook point that a glob matches, under TransformerLens's name and\n"
+     "in its shape [B,T,...], also tokens [B,T] and logits [B,T,V]. hook_result only where a glob has\n"
+     "this word in it.\n",
+     ON_MODEL | ON_TEXT | ON_OUTPUT | ON_CACHE, 0, 1, "--names", CACHE_FORMATS, 1, cmd_cache},
+    {"patch", "PROMPTS", "activation patching: which activations carry the difference",
+     "For each cell of a sweep the corrupted prompt is run with one activation of the clean run put in\n"
+     "(--noising: the other way round); the value is the metric's mean over examples. -o FILE may be\n"
+     "repeated, the ending chooses the format: .npy .csv .json, - is stdout as CSV; several sweeps become\n"
+     "FILE-SWEEP.npy and so on. Without -o a table is shown.\n\n"
+     "sweeps, named as in transformer_lens.patching; `all` is every one but ..dest_src_pos:\n"
+     "  [layer,pos]       resid_pre resid_mid resid_post attn_out mlp_out\n"
+     "  [layer,pos,head]  attn_head_{out,q,k,v}_by_pos\n"
+     "  [layer,head,..]   attn_head_pattern_by_pos [dest], attn_head_pattern_dest_src_pos [dest,src]\n"
+     "  [layer,head]      attn_head_{out,q,k,v,pattern}_all_pos\n"
+     "  [kind,...]        attn_head_all_pos_every attn_head_by_pos_every block_every\n",
+     ON_MODEL | ON_TEXT | ON_METRIC | ON_SWEEP | ON_OUTPUT | ON_PATCH, 1, 1, "--sweep", FORMATS, 0,
+     cmd_patch},
+    {"fold", "-o OUT.bin", "write the processed weights, which need no work at load",
+     "Writes a flat file whose weights are processed and laid out for the kernels. It is read in place.\n",
+     ON_MODEL | ON_OUTPUT, 0, 0, NULL, NULL, 1, cmd_fold},
+};
+
+#define N_COMMANDS (sizeof COMMANDS / sizeof *COMMANDS)
+
+#define PROMPTS_HELP                                                                                 \
+    "\nPROMPTS is a TSV file (-: stdin) whose first line names the columns: clean, corrupted, answer,\n" \
+    "wrong, or clean_ids, corrupted_ids, answer_id, wrong_id. Each further line is an example.\n"
+
+static void command_help(const Command *c) {
+    size_t i;
+
+    printf("usage: actpatch %s %s%s[options]\n\n%s: %s.\n\n%s", c->name, c->operands,
+           *c->operands ? " " : "", c->name, c->summary, c->text);
+    if (strncmp(c->operands, "PROMPTS", 7) == 0)
+        fputs(PROMPTS_HELP, stdout);
+    printf("\noptions:\n");
+    for (i = 0; i < N_OPTIONS; i++) {
+        const Option *o = &OPTIONS[i];
+        const int width = 20 - (int)strlen(o->name);
+
+        if (o->group & c->accepts)
+            printf("  %s %-*s %s\n", o->name, width > 0 ? width : 0, o->value ? o->value : "", o->help);
+    }
+}
+
+/* The three lines at the end work as typed, wherever the program was started from. */
+static void program_help(const App *app) {
+    char path[PATH_ROOM];
+    size_t i;
+
+    printf("actpatch " PATCH_VERSION ": activation patching for GPT-2\n\n"
+           "usage: %s COMMAND [-m MODEL] [options] [operands]\n\n", app->program);
+    for (i = 0; i < N_COMMANDS; i++)
+        printf("  %-8s %s\n", COMMANDS[i].name, COMMANDS[i].summary);
+    if (!bundled(app, "ioi.tsv", path))
+        snprintf(path, sizeof path, "tests/tiny/ioi.tsv");
+    printf("\n%s COMMAND -h tells more of each. To begin with:\n\n"
+           "  %s top \"When John and Mary went to the shops, John gave the bag to\"\n"
+           "  %s diff %s\n"
+           "  %s patch %s --sweep resid_pre --normalize\n",
+           app->program, app->program, app->program, path, app->program, path);
+}
+
+#if HAS_POSIX && defined(SIGBUS)
+/* A mapped file that gets shorter under the reader ends in SIGBUS. */
+static void on_bus_error(int number) {
+    static const char line[] = "actpatch: the model file changed while it was read, -m, leave it alone "
+                               "while actpatch runs\n";
+
+    (void)number;
+    if (write(2, line, sizeof line - 1) < 0)
+        _exit(1);
+    _exit(1);
+}
+#endif
+
+/* Everything between the arguments and the exit status. */
+static patch_status run_command(App *app, int argc, char **argv, patch_error *e) {
+    OutFile o;
+    size_t i;
+
+    TRY(parse_arguments(app, argc, argv, e));
+    if (app->help) {
+        command_help(app->command);
+        return PATCH_OK;
+    }
+    for (i = 0; i < app->outputs.n; i++) { /* a folder that refuses should do so before the work */
+        TRY(out_open(&o, app->outputs.items[i], e));
+        out_drop(&o);
+    }
+    TRY(open_model(app, e));
+    return app->command->run(app, e);
+}
+
+int main(int argc, char **argv) {
+    App app = {0};
+    patch_error e = {PATCH_OK, "", ""};
+    patch_status status = PATCH_OK;
+    size_t i;
+
+#if HAS_POSIX && defined(SIGBUS)
+    signal(SIGBUS, on_bus_error);
+#endif
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN); /* a file over the limit is then an error like a full disk */
+#endif
+    app.program = argc > 0 ? argv[0] : "actpatch";
+    app.load = patch_options_default();
+    app.k = 10;
+    for (i = 0; argc > 1 && i < N_COMMANDS; i++)
+        if (strcmp(argv[1], COMMANDS[i].name) == 0)
+            app.command = &COMMANDS[i];
+    if (app.command != NULL)
+        status = run_command(&app, argc, argv, &e);
+    else if (argc < 2 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "--help") == 0)
+        program_help(&app);
+    else if (strcmp(argv[1], "--version") == 0)
+        printf("actpatch " PATCH_VERSION "\n");
+    else
+        status = fail(&e, PATCH_E_USAGE, argv[1], "unknown command; see %.60s -h", app.program);
+    if ((fflush(stdout) != 0 || ferror(stdout)) && status == PATCH_OK)
+        status = fail(&e, PATCH_E_IO, "standard output", "could not be written whole: %s; make room",
+                      strerror(errno));
+    if (status != PATCH_OK)
+        print_message("", &e);
+    patch_model_free(app.model);
+    while (app.kept != NULL) {
+        Kept *next = app.kept->next;
+
+        give(&HEAP, app.kept);
+        app.kept = next;
+    }
+    return status == PATCH_OK ? 0 : e.code == PATCH_E_USAGE ? 2 : 1;
+}
+
+#endif /* PATCH_NO_MAIN */
+
+/* ==== A. Generated Unicode tables ================================================================
+   Written by tests/make_unicode.py, which asked tokenizers 0.22.2 about every code point.
+   An entry is class << 24 | first code point of a run of that class, which lasts up to the next
+   entry: 0x1000041 reads "letters (class 1) from U+0041". The last run is `other`, so that whatever
+   lies above Unicode, UTF8_INVALID included, is `other` too.
+   Code points: 141028 letter, 1911 number, 25 white space. */
+
+static const uint32_t unicode_runs[1610] = {
+    0x0, 0x3000009, 0xE, 0x3000020, 0x21, 0x2000030, 0x3A, 0x1000041, 0x5B, 0x1000061, 0x7B,
+    0x3000085, 0x86, 0x30000A0, 0xA1, 0x10000AA, 0xAB, 0x20000B2, 0xB4, 0x10000B5, 0xB6, 0x20000B9,
+    0x10000BA, 0xBB, 0x20000BC, 0xBF, 0x10000C0, 0xD7, 0x10000D8, 0xF7, 0x10000F8, 0x2C2, 0x10002C6,
+    0x2D2, 0x10002E0, 0x2E5, 0x10002EC, 0x2ED, 0x10002EE, 0x2EF, 0x1000370, 0x375, 0x1000376, 0x378,
+    0x100037A, 0x37E, 0x100037F, 0x380, 0x1000386, 0x387, 0x1000388, 0x38B, 0x100038C, 0x38D,
+    0x100038E, 0x3A2, 0x10003A3, 0x3F6, 0x10003F7, 0x482, 0x100048A, 0x530, 0x1000531, 0x557,
+    0x1000559, 0x55A, 0x1000560, 0x589, 0x10005D0, 0x5EB, 0x10005EF, 0x5F3, 0x1000620, 0x64B,
+    0x2000660, 0x66A, 0x100066E, 0x670, 0x1000671, 0x6D4, 0x10006D5, 0x6D6, 0x10006E5, 0x6E7,
+    0x10006EE, 0x20006F0, 0x10006FA, 0x6FD, 0x10006FF, 0x700, 0x1000710, 0x711, 0x1000712, 0x730,
+    0x100074D, 0x7A6, 0x10007B1, 0x7B2, 0x20007C0, 0x10007CA, 0x7EB, 0x10007F4, 0x7F6, 0x10007FA,
+    0x7FB, 0x1000800, 0x816, 0x100081A, 0x81B, 0x1000824, 0x825, 0x1000828, 0x829, 0x1000840, 0x859,
+    0x1000860, 0x86B, 0x1000870, 0x888, 0x1000889, 0x88F, 0x10008A0, 0x8CA, 0x1000904, 0x93A,
+    0x100093D, 0x93E, 0x1000950, 0x951, 0x1000958, 0x962, 0x2000966, 0x970, 0x1000971, 0x981,
+    0x1000985, 0x98D, 0x100098F, 0x991, 0x1000993, 0x9A9, 0x10009AA, 0x9B1, 0x10009B2, 0x9B3,
+    0x10009B6, 0x9BA, 0x10009BD, 0x9BE, 0x10009CE, 0x9CF, 0x10009DC, 0x9DE, 0x10009DF, 0x9E2,
+    0x20009E6, 0x10009F0, 0x9F2, 0x20009F4, 0x9FA, 0x10009FC, 0x9FD, 0x1000A05, 0xA0B, 0x1000A0F,
+    0xA11, 0x1000A13, 0xA29, 0x1000A2A, 0xA31, 0x1000A32, 0xA34, 0x1000A35, 0xA37, 0x1000A38, 0xA3A,
+    0x1000A59, 0xA5D, 0x1000A5E, 0xA5F, 0x2000A66, 0xA70, 0x1000A72, 0xA75, 0x1000A85, 0xA8E,
+    0x1000A8F, 0xA92, 0x1000A93, 0xAA9, 0x1000AAA, 0xAB1, 0x1000AB2, 0xAB4, 0x1000AB5, 0xABA,
+    0x1000ABD, 0xABE, 0x1000AD0, 0xAD1, 0x1000AE0, 0xAE2, 0x2000AE6, 0xAF0, 0x1000AF9, 0xAFA,
+    0x1000B05, 0xB0D, 0x1000B0F, 0xB11, 0x1000B13, 0xB29, 0x1000B2A, 0xB31, 0x1000B32, 0xB34,
+    0x1000B35, 0xB3A, 0x1000B3D, 0xB3E, 0x1000B5C, 0xB5E, 0x1000B5F, 0xB62, 0x2000B66, 0xB70,
+    0x1000B71, 0x2000B72, 0xB78, 0x1000B83, 0xB84, 0x1000B85, 0xB8B, 0x1000B8E, 0xB91, 0x1000B92,
+    0xB96, 0x1000B99, 0xB9B, 0x1000B9C, 0xB9D, 0x1000B9E, 0xBA0, 0x1000BA3, 0xBA5, 0x1000BA8, 0xBAB,
+    0x1000BAE, 0xBBA, 0x1000BD0, 0xBD1, 0x2000BE6, 0xBF3, 0x1000C05, 0xC0D, 0x1000C0E, 0xC11,
+    0x1000C12, 0xC29, 0x1000C2A, 0xC3A, 0x1000C3D, 0xC3E, 0x1000C58, 0xC5B, 0x1000C5D, 0xC5E,
+    0x1000C60, 0xC62, 0x2000C66, 0xC70, 0x2000C78, 0xC7F, 0x1000C80, 0xC81, 0x1000C85, 0xC8D,
+    0x1000C8E, 0xC91, 0x1000C92, 0xCA9, 0x1000CAA, 0xCB4, 0x1000CB5, 0xCBA, 0x1000CBD, 0xCBE,
+    0x1000CDD, 0xCDF, 0x1000CE0, 0xCE2, 0x2000CE6, 0xCF0, 0x1000CF1, 0xCF3, 0x1000D04, 0xD0D,
+    0x1000D0E, 0xD11, 0x1000D12, 0xD3B, 0x1000D3D, 0xD3E, 0x1000D4E, 0xD4F, 0x1000D54, 0xD57,
+    0x2000D58, 0x1000D5F, 0xD62, 0x2000D66, 0xD79, 0x1000D7A, 0xD80, 0x1000D85, 0xD97, 0x1000D9A,
+    0xDB2, 0x1000DB3, 0xDBC, 0x1000DBD, 0xDBE, 0x1000DC0, 0xDC7, 0x2000DE6, 0xDF0, 0x1000E01, 0xE31,
+    0x1000E32, 0xE34, 0x1000E40, 0xE47, 0x2000E50, 0xE5A, 0x1000E81, 0xE83, 0x1000E84, 0xE85,
+    0x1000E86, 0xE8B, 0x1000E8C, 0xEA4, 0x1000EA5, 0xEA6, 0x1000EA7, 0xEB1, 0x1000EB2, 0xEB4,
+    0x1000EBD, 0xEBE, 0x1000EC0, 0xEC5, 0x1000EC6, 0xEC7, 0x2000ED0, 0xEDA, 0x1000EDC, 0xEE0,
+    0x1000F00, 0xF01, 0x2000F20, 0xF34, 0x1000F40, 0xF48, 0x1000F49, 0xF6D, 0x1000F88, 0xF8D,
+    0x1001000, 0x102B, 0x100103F, 0x2001040, 0x104A, 0x1001050, 0x1056, 0x100105A, 0x105E,
+    0x1001061, 0x1062, 0x1001065, 0x1067, 0x100106E, 0x1071, 0x1001075, 0x1082, 0x100108E, 0x108F,
+    0x2001090, 0x109A, 0x10010A0, 0x10C6, 0x10010C7, 0x10C8, 0x10010CD, 0x10CE, 0x10010D0, 0x10FB,
+    0x10010FC, 0x1249, 0x100124A, 0x124E, 0x1001250, 0x1257, 0x1001258, 0x1259, 0x100125A, 0x125E,
+    0x1001260, 0x1289, 0x100128A, 0x128E, 0x1001290, 0x12B1, 0x10012B2, 0x12B6, 0x10012B8, 0x12BF,
+    0x10012C0, 0x12C1, 0x10012C2, 0x12C6, 0x10012C8, 0x12D7, 0x10012D8, 0x1311, 0x1001312, 0x1316,
+    0x1001318, 0x135B, 0x2001369, 0x137D, 0x1001380, 0x1390, 0x10013A0, 0x13F6, 0x10013F8, 0x13FE,
+    0x1001401, 0x166D, 0x100166F, 0x3001680, 0x1001681, 0x169B, 0x10016A0, 0x16EB, 0x20016EE,
+    0x10016F1, 0x16F9, 0x1001700, 0x1712, 0x100171F, 0x1732, 0x1001740, 0x1752, 0x1001760, 0x176D,
+    0x100176E, 0x1771, 0x1001780, 0x17B4, 0x10017D7, 0x17D8, 0x10017DC, 0x17DD, 0x20017E0, 0x17EA,
+    0x20017F0, 0x17FA, 0x2001810, 0x181A, 0x1001820, 0x1879, 0x1001880, 0x1885, 0x1001887, 0x18A9,
+    0x10018AA, 0x18AB, 0x10018B0, 0x18F6, 0x1001900, 0x191F, 0x2001946, 0x1001950, 0x196E,
+    0x1001970, 0x1975, 0x1001980, 0x19AC, 0x10019B0, 0x19CA, 0x20019D0, 0x19DB, 0x1001A00, 0x1A17,
+    0x1001A20, 0x1A55, 0x2001A80, 0x1A8A, 0x2001A90, 0x1A9A, 0x1001AA7, 0x1AA8, 0x1001B05, 0x1B34,
+    0x1001B45, 0x1B4D, 0x2001B50, 0x1B5A, 0x1001B83, 0x1BA1, 0x1001BAE, 0x2001BB0, 0x1001BBA,
+    0x1BE6, 0x1001C00, 0x1C24, 0x2001C40, 0x1C4A, 0x1001C4D, 0x2001C50, 0x1001C5A, 0x1C7E,
+    0x1001C80, 0x1C8B, 0x1001C90, 0x1CBB, 0x1001CBD, 0x1CC0, 0x1001CE9, 0x1CED, 0x1001CEE, 0x1CF4,
+    0x1001CF5, 0x1CF7, 0x1001CFA, 0x1CFB, 0x1001D00, 0x1DC0, 0x1001E00, 0x1F16, 0x1001F18, 0x1F1E,
+    0x1001F20, 0x1F46, 0x1001F48, 0x1F4E, 0x1001F50, 0x1F58, 0x1001F59, 0x1F5A, 0x1001F5B, 0x1F5C,
+    0x1001F5D, 0x1F5E, 0x1001F5F, 0x1F7E, 0x1001F80, 0x1FB5, 0x1001FB6, 0x1FBD, 0x1001FBE, 0x1FBF,
+    0x1001FC2, 0x1FC5, 0x1001FC6, 0x1FCD, 0x1001FD0, 0x1FD4, 0x1001FD6, 0x1FDC, 0x1001FE0, 0x1FED,
+    0x1001FF2, 0x1FF5, 0x1001FF6, 0x1FFD, 0x3002000, 0x200B, 0x3002028, 0x202A, 0x300202F, 0x2030,
+    0x300205F, 0x2060, 0x2002070, 0x1002071, 0x2072, 0x2002074, 0x207A, 0x100207F, 0x2002080,
+    0x208A, 0x1002090, 0x209D, 0x1002102, 0x2103, 0x1002107, 0x2108, 0x100210A, 0x2114, 0x1002115,
+    0x2116, 0x1002119, 0x211E, 0x1002124, 0x2125, 0x1002126, 0x2127, 0x1002128, 0x2129, 0x100212A,
+    0x212E, 0x100212F, 0x213A, 0x100213C, 0x2140, 0x1002145, 0x214A, 0x100214E, 0x214F, 0x2002150,
+    0x1002183, 0x2002185, 0x218A, 0x2002460, 0x249C, 0x20024EA, 0x2500, 0x2002776, 0x2794,
+    0x1002C00, 0x2CE5, 0x1002CEB, 0x2CEF, 0x1002CF2, 0x2CF4, 0x2002CFD, 0x2CFE, 0x1002D00, 0x2D26,
+    0x1002D27, 0x2D28, 0x1002D2D, 0x2D2E, 0x1002D30, 0x2D68, 0x1002D6F, 0x2D70, 0x1002D80, 0x2D97,
+    0x1002DA0, 0x2DA7, 0x1002DA8, 0x2DAF, 0x1002DB0, 0x2DB7, 0x1002DB8, 0x2DBF, 0x1002DC0, 0x2DC7,
+    0x1002DC8, 0x2DCF, 0x1002DD0, 0x2DD7, 0x1002DD8, 0x2DDF, 0x1002E2F, 0x2E30, 0x3003000, 0x3001,
+    0x1003005, 0x2003007, 0x3008, 0x2003021, 0x302A, 0x1003031, 0x3036, 0x2003038, 0x100303B,
+    0x303D, 0x1003041, 0x3097, 0x100309D, 0x30A0, 0x10030A1, 0x30FB, 0x10030FC, 0x3100, 0x1003105,
+    0x3130, 0x1003131, 0x318F, 0x2003192, 0x3196, 0x10031A0, 0x31C0, 0x10031F0, 0x3200, 0x2003220,
+    0x322A, 0x2003248, 0x3250, 0x2003251, 0x3260, 0x2003280, 0x328A, 0x20032B1, 0x32C0, 0x1003400,
+    0x4DC0, 0x1004E00, 0xA48D, 0x100A4D0, 0xA4FE, 0x100A500, 0xA60D, 0x100A610, 0x200A620,
+    0x100A62A, 0xA62C, 0x100A640, 0xA66F, 0x100A67F, 0xA69E, 0x100A6A0, 0x200A6E6, 0xA6F0,
+    0x100A717, 0xA720, 0x100A722, 0xA789, 0x100A78B, 0xA7CE, 0x100A7D0, 0xA7D2, 0x100A7D3, 0xA7D4,
+    0x100A7D5, 0xA7DD, 0x100A7F2, 0xA802, 0x100A803, 0xA806, 0x100A807, 0xA80B, 0x100A80C, 0xA823,
+    0x200A830, 0xA836, 0x100A840, 0xA874, 0x100A882, 0xA8B4, 0x200A8D0, 0xA8DA, 0x100A8F2, 0xA8F8,
+    0x100A8FB, 0xA8FC, 0x100A8FD, 0xA8FF, 0x200A900, 0x100A90A, 0xA926, 0x100A930, 0xA947,
+    0x100A960, 0xA97D, 0x100A984, 0xA9B3, 0x100A9CF, 0x200A9D0, 0xA9DA, 0x100A9E0, 0xA9E5,
+    0x100A9E6, 0x200A9F0, 0x100A9FA, 0xA9FF, 0x100AA00, 0xAA29, 0x100AA40, 0xAA43, 0x100AA44,
+    0xAA4C, 0x200AA50, 0xAA5A, 0x100AA60, 0xAA77, 0x100AA7A, 0xAA7B, 0x100AA7E, 0xAAB0, 0x100AAB1,
+    0xAAB2, 0x100AAB5, 0xAAB7, 0x100AAB9, 0xAABE, 0x100AAC0, 0xAAC1, 0x100AAC2, 0xAAC3, 0x100AADB,
+    0xAADE, 0x100AAE0, 0xAAEB, 0x100AAF2, 0xAAF5, 0x100AB01, 0xAB07, 0x100AB09, 0xAB0F, 0x100AB11,
+    0xAB17, 0x100AB20, 0xAB27, 0x100AB28, 0xAB2F, 0x100AB30, 0xAB5B, 0x100AB5C, 0xAB6A, 0x100AB70,
+    0xABE3, 0x200ABF0, 0xABFA, 0x100AC00, 0xD7A4, 0x100D7B0, 0xD7C7, 0x100D7CB, 0xD7FC, 0x100F900,
+    0xFA6E, 0x100FA70, 0xFADA, 0x100FB00, 0xFB07, 0x100FB13, 0xFB18, 0x100FB1D, 0xFB1E, 0x100FB1F,
+    0xFB29, 0x100FB2A, 0xFB37, 0x100FB38, 0xFB3D, 0x100FB3E, 0xFB3F, 0x100FB40, 0xFB42, 0x100FB43,
+    0xFB45, 0x100FB46, 0xFBB2, 0x100FBD3, 0xFD3E, 0x100FD50, 0xFD90, 0x100FD92, 0xFDC8, 0x100FDF0,
+    0xFDFC, 0x100FE70, 0xFE75, 0x100FE76, 0xFEFD, 0x200FF10, 0xFF1A, 0x100FF21, 0xFF3B, 0x100FF41,
+    0xFF5B, 0x100FF66, 0xFFBF, 0x100FFC2, 0xFFC8, 0x100FFCA, 0xFFD0, 0x100FFD2, 0xFFD8, 0x100FFDA,
+    0xFFDD, 0x1010000, 0x1000C, 0x101000D, 0x10027, 0x1010028, 0x1003B, 0x101003C, 0x1003E,
+    0x101003F, 0x1004E, 0x1010050, 0x1005E, 0x1010080, 0x100FB, 0x2010107, 0x10134, 0x2010140,
+    0x10179, 0x201018A, 0x1018C, 0x1010280, 0x1029D, 0x10102A0, 0x102D1, 0x20102E1, 0x102FC,
+    0x1010300, 0x2010320, 0x10324, 0x101032D, 0x2010341, 0x1010342, 0x201034A, 0x1034B, 0x1010350,
+    0x10376, 0x1010380, 0x1039E, 0x10103A0, 0x103C4, 0x10103C8, 0x103D0, 0x20103D1, 0x103D6,
+    0x1010400, 0x1049E, 0x20104A0, 0x104AA, 0x10104B0, 0x104D4, 0x10104D8, 0x104FC, 0x1010500,
+    0x10528, 0x1010530, 0x10564, 0x1010570, 0x1057B, 0x101057C, 0x1058B, 0x101058C, 0x10593,
+    0x1010594, 0x10596, 0x1010597, 0x105A2, 0x10105A3, 0x105B2, 0x10105B3, 0x105BA, 0x10105BB,
+    0x105BD, 0x10105C0, 0x105F4, 0x1010600, 0x10737, 0x1010740, 0x10756, 0x1010760, 0x10768,
+    0x1010780, 0x10786, 0x1010787, 0x107B1, 0x10107B2, 0x107BB, 0x1010800, 0x10806, 0x1010808,
+    0x10809, 0x101080A, 0x10836, 0x1010837, 0x10839, 0x101083C, 0x1083D, 0x101083F, 0x10856,
+    0x2010858, 0x1010860, 0x10877, 0x2010879, 0x1010880, 0x1089F, 0x20108A7, 0x108B0, 0x10108E0,
+    0x108F3, 0x10108F4, 0x108F6, 0x20108FB, 0x1010900, 0x2010916, 0x1091C, 0x1010920, 0x1093A,
+    0x1010980, 0x109B8, 0x20109BC, 0x10109BE, 0x20109C0, 0x109D0, 0x20109D2, 0x1010A00, 0x10A01,
+    0x1010A10, 0x10A14, 0x1010A15, 0x10A18, 0x1010A19, 0x10A36, 0x2010A40, 0x10A49, 0x1010A60,
+    0x2010A7D, 0x10A7F, 0x1010A80, 0x2010A9D, 0x10AA0, 0x1010AC0, 0x10AC8, 0x1010AC9, 0x10AE5,
+    0x2010AEB, 0x10AF0, 0x1010B00, 0x10B36, 0x1010B40, 0x10B56, 0x2010B58, 0x1010B60, 0x10B73,
+    0x2010B78, 0x1010B80, 0x10B92, 0x2010BA9, 0x10BB0, 0x1010C00, 0x10C49, 0x1010C80, 0x10CB3,
+    0x1010CC0, 0x10CF3, 0x2010CFA, 0x1010D00, 0x10D24, 0x2010D30, 0x10D3A, 0x2010D40, 0x1010D4A,
+    0x10D66, 0x1010D6F, 0x10D86, 0x2010E60, 0x10E7F, 0x1010E80, 0x10EAA, 0x1010EB0, 0x10EB2,
+    0x1010EC2, 0x10EC5, 0x1010F00, 0x2010F1D, 0x1010F27, 0x10F28, 0x1010F30, 0x10F46, 0x2010F51,
+    0x10F55, 0x1010F70, 0x10F82, 0x1010FB0, 0x2010FC5, 0x10FCC, 0x1010FE0, 0x10FF7, 0x1011003,
+    0x11038, 0x2011052, 0x11070, 0x1011071, 0x11073, 0x1011075, 0x11076, 0x1011083, 0x110B0,
+    0x10110D0, 0x110E9, 0x20110F0, 0x110FA, 0x1011103, 0x11127, 0x2011136, 0x11140, 0x1011144,
+    0x11145, 0x1011147, 0x11148, 0x1011150, 0x11173, 0x1011176, 0x11177, 0x1011183, 0x111B3,
+    0x10111C1, 0x111C5, 0x20111D0, 0x10111DA, 0x111DB, 0x10111DC, 0x111DD, 0x20111E1, 0x111F5,
+    0x1011200, 0x11212, 0x1011213, 0x1122C, 0x101123F, 0x11241, 0x1011280, 0x11287, 0x1011288,
+    0x11289, 0x101128A, 0x1128E, 0x101128F, 0x1129E, 0x101129F, 0x112A9, 0x10112B0, 0x112DF,
+    0x20112F0, 0x112FA, 0x1011305, 0x1130D, 0x101130F, 0x11311, 0x1011313, 0x11329, 0x101132A,
+    0x11331, 0x1011332, 0x11334, 0x1011335, 0x1133A, 0x101133D, 0x1133E, 0x1011350, 0x11351,
+    0x101135D, 0x11362, 0x1011380, 0x1138A, 0x101138B, 0x1138C, 0x101138E, 0x1138F, 0x1011390,
+    0x113B6, 0x10113B7, 0x113B8, 0x10113D1, 0x113D2, 0x10113D3, 0x113D4, 0x1011400, 0x11435,
+    0x1011447, 0x1144B, 0x2011450, 0x1145A, 0x101145F, 0x11462, 0x1011480, 0x114B0, 0x10114C4,
+    0x114C6, 0x10114C7, 0x114C8, 0x20114D0, 0x114DA, 0x1011580, 0x115AF, 0x10115D8, 0x115DC,
+    0x1011600, 0x11630, 0x1011644, 0x11645, 0x2011650, 0x1165A, 0x1011680, 0x116AB, 0x10116B8,
+    0x116B9, 0x20116C0, 0x116CA, 0x20116D0, 0x116E4, 0x1011700, 0x1171B, 0x2011730, 0x1173C,
+    0x1011740, 0x11747, 0x1011800, 0x1182C, 0x10118A0, 0x20118E0, 0x118F3, 0x10118FF, 0x11907,
+    0x1011909, 0x1190A, 0x101190C, 0x11914, 0x1011915, 0x11917, 0x1011918, 0x11930, 0x101193F,
+    0x11940, 0x1011941, 0x11942, 0x2011950, 0x1195A, 0x10119A0, 0x119A8, 0x10119AA, 0x119D1,
+    0x10119E1, 0x119E2, 0x10119E3, 0x119E4, 0x1011A00, 0x11A01, 0x1011A0B, 0x11A33, 0x1011A3A,
+    0x11A3B, 0x1011A50, 0x11A51, 0x1011A5C, 0x11A8A, 0x1011A9D, 0x11A9E, 0x1011AB0, 0x11AF9,
+    0x1011BC0, 0x11BE1, 0x2011BF0, 0x11BFA, 0x1011C00, 0x11C09, 0x1011C0A, 0x11C2F, 0x1011C40,
+    0x11C41, 0x2011C50, 0x11C6D, 0x1011C72, 0x11C90, 0x1011D00, 0x11D07, 0x1011D08, 0x11D0A,
+    0x1011D0B, 0x11D31, 0x1011D46, 0x11D47, 0x2011D50, 0x11D5A, 0x1011D60, 0x11D66, 0x1011D67,
+    0x11D69, 0x1011D6A, 0x11D8A, 0x1011D98, 0x11D99, 0x2011DA0, 0x11DAA, 0x1011EE0, 0x11EF3,
+    0x1011F02, 0x11F03, 0x1011F04, 0x11F11, 0x1011F12, 0x11F34, 0x2011F50, 0x11F5A, 0x1011FB0,
+    0x11FB1, 0x2011FC0, 0x11FD5, 0x1012000, 0x1239A, 0x2012400, 0x1246F, 0x1012480, 0x12544,
+    0x1012F90, 0x12FF1, 0x1013000, 0x13430, 0x1013441, 0x13447, 0x1013460, 0x143FB, 0x1014400,
+    0x14647, 0x1016100, 0x1611E, 0x2016130, 0x1613A, 0x1016800, 0x16A39, 0x1016A40, 0x16A5F,
+    0x2016A60, 0x16A6A, 0x1016A70, 0x16ABF, 0x2016AC0, 0x16ACA, 0x1016AD0, 0x16AEE, 0x1016B00,
+    0x16B30, 0x1016B40, 0x16B44, 0x2016B50, 0x16B5A, 0x2016B5B, 0x16B62, 0x1016B63, 0x16B78,
+    0x1016B7D, 0x16B90, 0x1016D40, 0x16D6D, 0x2016D70, 0x16D7A, 0x1016E40, 0x2016E80, 0x16E97,
+    0x1016F00, 0x16F4B, 0x1016F50, 0x16F51, 0x1016F93, 0x16FA0, 0x1016FE0, 0x16FE2, 0x1016FE3,
+    0x16FE4, 0x1017000, 0x187F8, 0x1018800, 0x18CD6, 0x1018CFF, 0x18D09, 0x101AFF0, 0x1AFF4,
+    0x101AFF5, 0x1AFFC, 0x101AFFD, 0x1AFFF, 0x101B000, 0x1B123, 0x101B132, 0x1B133, 0x101B150,
+    0x1B153, 0x101B155, 0x1B156, 0x101B164, 0x1B168, 0x101B170, 0x1B2FC, 0x101BC00, 0x1BC6B,
+    0x101BC70, 0x1BC7D, 0x101BC80, 0x1BC89, 0x101BC90, 0x1BC9A, 0x201CCF0, 0x1CCFA, 0x201D2C0,
+    0x1D2D4, 0x201D2E0, 0x1D2F4, 0x201D360, 0x1D379, 0x101D400, 0x1D455, 0x101D456, 0x1D49D,
+    0x101D49E, 0x1D4A0, 0x101D4A2, 0x1D4A3, 0x101D4A5, 0x1D4A7, 0x101D4A9, 0x1D4AD, 0x101D4AE,
+    0x1D4BA, 0x101D4BB, 0x1D4BC, 0x101D4BD, 0x1D4C4, 0x101D4C5, 0x1D506, 0x101D507, 0x1D50B,
+    0x101D50D, 0x1D515, 0x101D516, 0x1D51D, 0x101D51E, 0x1D53A, 0x101D53B, 0x1D53F, 0x101D540,
+    0x1D545, 0x101D546, 0x1D547, 0x101D54A, 0x1D551, 0x101D552, 0x1D6A6, 0x101D6A8, 0x1D6C1,
+    0x101D6C2, 0x1D6DB, 0x101D6DC, 0x1D6FB, 0x101D6FC, 0x1D715, 0x101D716, 0x1D735, 0x101D736,
+    0x1D74F, 0x101D750, 0x1D76F, 0x101D770, 0x1D789, 0x101D78A, 0x1D7A9, 0x101D7AA, 0x1D7C3,
+    0x101D7C4, 0x1D7CC, 0x201D7CE, 0x1D800, 0x101DF00, 0x1DF1F, 0x101DF25, 0x1DF2B, 0x101E030,
+    0x1E06E, 0x101E100, 0x1E12D, 0x101E137, 0x1E13E, 0x201E140, 0x1E14A, 0x101E14E, 0x1E14F,
+    0x101E290, 0x1E2AE, 0x101E2C0, 0x1E2EC, 0x201E2F0, 0x1E2FA, 0x101E4D0, 0x1E4EC, 0x201E4F0,
+    0x1E4FA, 0x101E5D0, 0x1E5EE, 0x101E5F0, 0x201E5F1, 0x1E5FB, 0x101E7E0, 0x1E7E7, 0x101E7E8,
+    0x1E7EC, 0x101E7ED, 0x1E7EF, 0x101E7F0, 0x1E7FF, 0x101E800, 0x1E8C5, 0x201E8C7, 0x1E8D0,
+    0x101E900, 0x1E944, 0x101E94B, 0x1E94C, 0x201E950, 0x1E95A, 0x201EC71, 0x1ECAC, 0x201ECAD,
+    0x1ECB0, 0x201ECB1, 0x1ECB5, 0x201ED01, 0x1ED2E, 0x201ED2F, 0x1ED3E, 0x101EE00, 0x1EE04,
+    0x101EE05, 0x1EE20, 0x101EE21, 0x1EE23, 0x101EE24, 0x1EE25, 0x101EE27, 0x1EE28, 0x101EE29,
+    0x1EE33, 0x101EE34, 0x1EE38, 0x101EE39, 0x1EE3A, 0x101EE3B, 0x1EE3C, 0x101EE42, 0x1EE43,
+    0x101EE47, 0x1EE48, 0x101EE49, 0x1EE4A, 0x101EE4B, 0x1EE4C, 0x101EE4D, 0x1EE50, 0x101EE51,
+    0x1EE53, 0x101EE54, 0x1EE55, 0x101EE57, 0x1EE58, 0x101EE59, 0x1EE5A, 0x101EE5B, 0x1EE5C,
+    0x101EE5D, 0x1EE5E, 0x101EE5F, 0x1EE60, 0x101EE61, 0x1EE63, 0x101EE64, 0x1EE65, 0x101EE67,
+    0x1EE6B, 0x101EE6C, 0x1EE73, 0x101EE74, 0x1EE78, 0x101EE79, 0x1EE7D, 0x101EE7E, 0x1EE7F,
+    0x101EE80, 0x1EE8A, 0x101EE8B, 0x1EE9C, 0x101EEA1, 0x1EEA4, 0x101EEA5, 0x1EEAA, 0x101EEAB,
+    0x1EEBC, 0x201F100, 0x1F10D, 0x201FBF0, 0x1FBFA, 0x1020000, 0x2A6E0, 0x102A700, 0x2B73A,
+    0x102B740, 0x2B81E, 0x102B820, 0x2CEA2, 0x102CEB0, 0x2EBE1, 0x102EBF0, 0x2EE5E, 0x102F800,
+    0x2FA1E, 0x1030000, 0x3134B, 0x1031350, 0x323B0,
+};
+
+/* The class of a code point, of any value. A binary search: run `low` begins at or before the code
+   point, run `high` after it. */
+static int unicode_class(uint32_t code) {
+    size_t low = 0, high = sizeof unicode_runs / sizeof unicode_runs[0];
+    while (high - low > 1) {
+        const size_t middle = low + (high - low) / 2;
+        if ((unicode_runs[middle] & 0xFFFFFF) <= code)
+            low = middle;
+        else
+            high = middle;
+    }
+    return (int)(unicode_runs[low] >> 24);
+}
+
