@@ -1246,7 +1246,7 @@ static patch_status tokenizer_encode(const Tokenizer *t, const char *text, size_
    Within a tier the compiler fuses multiply and add or it does not, in vector and scalar code alike
    (gcc outside the ISO modes: wherever the tier has FMA), so the plain kernel gives the same bits. */
 
-enum { K_BLOCK = 128, LANES = 16, STEP = 48, MAX_TILE_ROWS = 8 };
+enum { K_BLOCK = 32, LANES = 16, STEP = 48, MAX_TILE_ROWS = 8 };
 
 /* A tile: y [rows,cols] = a [rows,k] . b, with a given as row pointers and b as panels [.][k][16] of
    which each is `panel` floats from the one before it. */
