@@ -4689,9 +4689,9 @@ typedef struct Table {
    reports trouble only through ferror(f). */
 typedef void (*TableWriter)(FILE *f, const Table *t);
 
-/* ---- 12.1 Text: escapes and numbers ----------------------------------------------------------------
-   Tokens are bytes: half a character, a control byte, a tab. Each format shows or escapes them in its
-   own way. */
+/* ---- 12.1 Text: escapes and numbers -------------------------------------------------------------
+   Tokens are bytes: half a character, a control byte, a tab. Each format shows or escapes them in
+   its own way. */
 
 static const patch_allocator HEAP = {default_alloc, default_free, NULL};
 
@@ -4700,10 +4700,10 @@ static uint32_t next_char(const char *text, size_t n, size_t *length) {
     return utf8_next((const unsigned char *)text, n, length);
 }
 
-#define ESCAPE_ROOM 9 /* the longest piece is a control character of two bytes, \xC2\x85, and a NUL */
+#define ESCAPE_ROOM 9 /* the longest piece is a control of two bytes, \xC2\x85, and a NUL */
 
-/* The first character of text[0..n), n > 0, as one line can show it: \n \t \r \\, and \xHH for every
-   other control or invalid byte. Returns how many bytes of text it stands for. */
+/* The first character of text[0..n), n > 0, as one line can show it: \n \t \r \\, and \xHH for
+   every other control or invalid byte. Returns how many bytes of text it stands for. */
 static size_t escape_next(const char *text, size_t n, char piece[ESCAPE_ROOM]) {
     static const char plain[] = "\n\t\r\\", letters[] = "ntr\\";
     const char *found = text[0] != '\0' ? strchr(plain, text[0]) : NULL;
@@ -4759,7 +4759,7 @@ static void json_string(FILE *f, const char *text, size_t n) {
     fputc('"', f);
 }
 
-/* ---- 12.2 Arrays: .npy and .safetensors ------------------------------------------------------- */
+/* ---- 12.2 Arrays: .npy and .safetensors ------------------------------------------------------ */
 
 /* The low n bytes of bits, least significant first, whatever the machine's own order. */
 static void put_little(FILE *f, uint64_t bits, int n) {
@@ -4791,8 +4791,8 @@ static size_t table_size(const Table *t) {
     return n;
 }
 
-/* numpy's format, version 1: magic, version, the length of the head in two bytes, the head as a Python
-   dictionary padded with spaces to a multiple of 64 bytes in all, then float32 in C order. */
+/* numpy's format, version 1: magic, version, the length of the head in two bytes, the head as a
+   Python dictionary padded with spaces to a multiple of 64 bytes in all, float32 in C order. */
 static void write_npy(FILE *f, const Table *t) {
     char head[256] = "{'descr': '<f4', 'fortran_order': False, 'shape': (";
     size_t i, used = strlen(head), n = table_size(t);
@@ -4813,10 +4813,10 @@ static void write_npy(FILE *f, const Table *t) {
     }
 }
 
-/* The head of a .safetensors file: its length in eight bytes, then JSON that names each tensor's type,
-   shape and place among the data, padded with spaces so that these are aligned. Call begin, entry for
-   every tensor, end (the file must be able to seek); then write the data in the same order. *offset
-   starts at 0. */
+/* The head of a .safetensors file: its length in eight bytes, then JSON that names each tensor's
+   type, shape and place among the data, padded with spaces so that these are aligned. Call begin,
+   entry for every tensor, end (the file must be able to seek); then write the data in the same
+   order. *offset starts at 0. */
 static void safetensors_begin(FILE *f) {
     put_little(f, 0, 8); /* known at the end */
     fputc('{', f);
@@ -4848,7 +4848,7 @@ static void safetensors_end(FILE *f) {
     fseek(f, 0, SEEK_END);
 }
 
-/* ---- 12.3 Tables as text: .csv and .json ------------------------------------------------------ */
+/* ---- 12.3 Tables as text: .csv and .json ----------------------------------------------------- */
 
 /* What a table's name is: a sweep's table has a direction. */
 static const char *name_key(const Table *t) {
@@ -4891,8 +4891,8 @@ static void csv_field(FILE *f, const char *text, size_t n) {
     fputs(quoted ? "\"" : "", f);
 }
 
-/* One line a value: name, an index for each axis (kinds and parts by name), the token at pos, else at
-   dest, and the value. */
+/* One line a value: name, an index for each axis (kinds and parts by name), the token at pos, else
+   at dest, and the value. */
 static void write_csv(FILE *f, const Table *t) {
     size_t i, n = table_size(t), index[6], at = 0;
     int k, words[6], token_axis = -1;
@@ -5935,11 +5935,11 @@ static void write_html_tables(FILE *f, const Table *tables, size_t n) {
     write_html(f, &page);
 }
 
-/* ---- 12.9 Tables for the eye: the terminal ---------------------------------------------------- */
+/* ---- 12.9 Tables for the eye: the terminal --------------------------------------------------- */
 
 /* Where a table is shown. */
 typedef struct Screen {
-    int columns; /* that fit; 0: no terminal, so every row is one line and every number has its digits */
+    int columns; /* that fit; 0: no terminal, so a row is one line and numbers have all digits */
     int colours; /* 0: none, 256 (the palette) or 1 << 24 */
 } Screen;
 
@@ -6008,7 +6008,7 @@ static void put_label(FILE *f, const char *label, int width, int to_the_right) {
     fprintf(f, "%*s", cut ? -excess : to_the_right ? 0 : pad, "");
 }
 
-/* Two axes of a table as rows and columns; the axes before them make one such grid after another. */
+/* Two axes of a table as rows and columns; the axes before them make grid after grid. */
 typedef struct Grid {
     const Table *t;
     Screen screen;
@@ -6020,7 +6020,7 @@ typedef struct Grid {
     char number[NUMBER_ROOM]; /* of the cell at hand */
 } Grid;
 
-/* Take the last two axes, positions as rows, where their tokens can be read; of one axis a column. */
+/* Take the last two axes, positions as rows, where tokens can be read; one axis makes a column. */
 static void grid_axes(Grid *g) {
     static char value[] = "value", *labels[] = {value};
     const Axis one = {value, 1, labels}, *last = &g->t->axis[g->t->rank - 1];
@@ -6064,8 +6064,8 @@ static int widest_label(const Axis *axis) {
     return width + 1;
 }
 
-/* Choose how cells look: three digits, or two, if a row then fits; else colour alone; and where that
-   does not fit either, a row goes over several blocks of columns. */
+/* Choose how cells look: three digits, or two, if a row then fits; else colour alone; and where
+   that does not fit either, a row goes over several blocks of columns. */
 static void grid_layout(Grid *g) {
     int columns = g->columns.size < 10000 ? (int)g->columns.size : 10000;
     int most = g->scale.hi < 10 ? 2 : g->scale.hi < 100 ? 1 : 0;
@@ -6088,10 +6088,10 @@ static void grid_layout(Grid *g) {
     g->cell_width = g->decimals == -2 ? (room / columns < 3 ? room / columns : 3) : widest_cell(g);
 }
 
-/* One cell, on its colour where there are colours: black or white on it, whichever is read better. */
+/* One cell, on its colour where there are colours, in black or white, whichever reads better. */
 static void put_cell(FILE *f, Grid *g, double v) {
     unsigned char c[3];
-    int k, cube = 16, dark;
+    int k, level, cube = 0, dark;
 
     if (g->screen.colours == 0 || isnan(v)) {
         fprintf(f, "%*s", g->cell_width, cell_text(g, v));
@@ -6099,12 +6099,14 @@ static void put_cell(FILE *f, Grid *g, double v) {
     }
     scale_colour(&g->scale, v, c);
     dark = 299 * c[0] + 587 * c[1] + 114 * c[2] < 128000;
-    for (k = 0; k < 3; k++) /* the palette's cube has the levels 0, 95, 135, .. 255 */
-        cube += (k == 0 ? 36 : k == 1 ? 6 : 1) * (c[k] < 48 ? 0 : c[k] < 115 ? 1 : (c[k] - 35) / 40);
+    for (k = 0; k < 3; k++) { /* the palette's cube has the levels 0, 95, 135, 175, 215, 255 */
+        level = c[k] < 48 ? 0 : c[k] < 115 ? 1 : (c[k] - 35) / 40;
+        cube = 6 * cube + level;
+    }
     if (g->screen.colours > 256)
         fprintf(f, "\033[48;2;%d;%d;%d", c[0], c[1], c[2]);
     else
-        fprintf(f, "\033[48;5;%d", cube);
+        fprintf(f, "\033[48;5;%d", 16 + cube);
     fprintf(f, ";38;5;%dm%*s\033[0m", dark ? 231 : 16, g->cell_width, cell_text(g, v));
 }
 
@@ -6165,7 +6167,7 @@ static void write_screen(FILE *f, const Table *t, Screen screen) {
         fprintf(f, "red %.4g, white 0, blue %.4g\n", g.scale.lo, g.scale.hi);
 }
 
-/* ---- 12.10 Files: written whole or not at all ------------------------------------------------- */
+/* ---- 12.10 Files: written whole or not at all ------------------------------------------------ */
 
 /* A file on its way: written beside its target under another name, so that the target is either the
    old file or the whole new one. */
@@ -6186,8 +6188,8 @@ static void out_drop(OutFile *o) {
 }
 
 static patch_status out_fail(OutFile *o, const char *what, patch_error *e) {
-    fail(e, PATCH_E_IO, o->path, "%s: %s; name a file in a folder that can be written, or make room",
-         what, errno ? strerror(errno) : "the disk may be full");
+    fail(e, PATCH_E_IO, o->path, "%s: %s; name a file that can be written, or make room", what,
+         errno ? strerror(errno) : "the disk may be full");
     out_drop(o);
     return PATCH_E_IO;
 }
@@ -6205,7 +6207,7 @@ static patch_status out_open(OutFile *o, const char *path, patch_error *e) {
         return PATCH_OK;
     }
 #ifdef EISDIR
-    if ((o->f = fopen(path, "r+b")) != NULL) /* changes nothing; a folder is refused before any work */
+    if ((o->f = fopen(path, "r+b")) != NULL) /* changes nothing, but refuses a folder */
         fclose(o->f);
     else if (errno == EISDIR)
         return out_fail(o, "cannot be written", e);
@@ -6222,7 +6224,7 @@ static patch_status out_open(OutFile *o, const char *path, patch_error *e) {
     return o->f == NULL ? out_fail(o, "cannot be written", e) : PATCH_OK;
 }
 
-/* Finish: the file stands whole under its name, or the error says why not and nothing stays behind. */
+/* Finish: the file stands whole under its name, or the error says why not and nothing is left. */
 static patch_status out_close(OutFile *o, patch_error *e) {
     int bad;
 
@@ -6241,7 +6243,7 @@ static patch_status out_close(OutFile *o, patch_error *e) {
     return PATCH_OK;
 }
 
-/* A format: exactly one of the two writers is there; write_all takes all tables of a call at once. */
+/* A format has one of the two writers; write_all takes all tables of a call at once. */
 typedef struct Format {
     const char *ending;
     TableWriter write;
@@ -6270,8 +6272,8 @@ static const Format *format_of(const char *path, const Format *list) {
 }
 
 /* One table, or all where the format can hold them, into one path. */
-static patch_status write_path(const char *path, const Format *format, const Table *tables, size_t n,
-                               patch_error *e) {
+static patch_status write_path(const char *path, const Format *format, const Table *tables,
+                               size_t n, patch_error *e) {
     OutFile o;
     patch_status status = out_open(&o, path, e);
 
@@ -6607,7 +6609,7 @@ patch_status patch_model_sha256(const patch_model *m, char hex[65], patch_error 
     return ok ? PATCH_OK : unreadable(m, e);
 }
 
-/* ==== 13. Command line ============================================================================
+/* ==== 13. Command line ===========================================================================
    Left out where PATCH_NO_MAIN is defined. A new command is a function, its line in COMMANDS, and
    lines in OPTIONS for what it alone accepts. Nothing here is global: one App is one call. */
 
@@ -6626,10 +6628,11 @@ patch_status patch_model_sha256(const patch_model *m, char hex[65], patch_error 
 #define ACTPATCH_PREFIX "/usr/local" /* of an installation; the Makefile knows better */
 #endif
 
-/* ---- 13.1 One call: what it was asked, memory, messages --------------------------------------- */
+/* ---- 13.1 One call: what it was asked, memory, messages -------------------------------------- */
 
 typedef struct App App;
 
+/* A line of COMMANDS. */
 typedef struct Command {
     const char *name, *operands, *summary;
     const char *text;      /* the rest of its help */
@@ -6649,57 +6652,39 @@ typedef struct List {
 
 enum { MAX_SWEEPS = 32, PATH_ROOM = 4096, PLACE_ROOM = 128 /* as patch_error.where */ };
 
-/* Memory that lives as long as the call, so that no function below need clean up after itself. */
-typedef union Kept {
-    union Kept *next;
-    long double aligned;
-} Kept;
-
+/* One call of the program. The fields with an option's name are what OPTIONS stores. */
 struct App {
     const char *program; /* argv[0] */
     const Command *command;
     List operands, outputs, answers;
     patch_options load;
     const char *model_path, *sweeps, *names, *text;
-    const char *sweep[MAX_SWEEPS]; /* of `sweeps`, each once */
+    const char *sweep[MAX_SWEEPS]; /* the names in `sweeps`, each once */
     size_t n_sweeps;
-    int metric, color, side; /* indices into METRICS, COLORS, SIDES */
+    int metric, color, side; /* indices into METRICS (as patch_metric), COLORS, SIDES */
     int no_processing, no_bos, noising, normalize, per_prompt, brute, stats, verify, help;
     int k;
-    patch_model *model;
-    Kept *kept;
+    double range;
+    patch_model *model; /* opened before the command's function runs */
+    Pool pool;          /* lives as long as the call: no function below cleans up after itself */
 };
 
-/* In functions with an `app` and an `e`: an error returns at once. */
+/* In functions that return a patch_status and have an `app` and an `e`: errors return at once. */
 #define TRY(call)                                                                                  \
     do {                                                                                           \
         const patch_status try_status = (call);                                                    \
         if (try_status != PATCH_OK)                                                                \
             return try_status;                                                                     \
     } while (0)
+
+/* Make `pointer` an array of n zeroed elements. */
 #define KEEP(pointer, n)                                                                           \
     do {                                                                                           \
-        if (((pointer) = keep(app, n, sizeof *(pointer), e)) == NULL)                              \
-            return PATCH_E_MEMORY;                                                                 \
+        if (((pointer) = pool_take(&app->pool, n, sizeof *(pointer))) == NULL)                     \
+            return no_memory(e, app->command->name, app->pool.refused);                            \
     } while (0)
 
-/* n zeroed elements; NULL and *e where there is no memory. */
-static void *keep(App *app, size_t n, size_t size, patch_error *e) {
-    size_t bytes = SIZE_MAX;
-    Kept *block = NULL;
-
-    if (size_times(n, size, &bytes) && size_plus(bytes, sizeof *block, &bytes))
-        block = take_zeroed(&HEAP, bytes, 1);
-    if (block == NULL) {
-        no_memory(e, app->command->name, bytes);
-        return NULL;
-    }
-    block->next = app->kept;
-    app->kept = block;
-    return block + 1;
-}
-
-/* A formatted string. */
+/* Like sprintf, into memory of the call's. */
 static patch_status keep_text(App *app, char **text, patch_error *e, const char *format, ...) {
     va_list values;
     int n;
@@ -6741,8 +6726,8 @@ static int is_terminal(int descriptor) {
 #endif
 }
 
-/* What standard output can show. --color goes before NO_COLOR (https://no-color.org), and that before
-   what COLORTERM and TERM say. */
+/* What standard output can show. --color goes before NO_COLOR (https://no-color.org), and that
+   before what COLORTERM and TERM say. */
 static Screen screen_of(const App *app) {
     const char *term = getenv("TERM"), *more = getenv("COLORTERM"), *no = getenv("NO_COLOR");
     const char *columns = getenv("COLUMNS");
@@ -6772,7 +6757,7 @@ static Screen screen_of(const App *app) {
     return screen;
 }
 
-/* ---- 13.2 Options ----------------------------------------------------------------------------- */
+/* ---- 13.2 Options ---------------------------------------------------------------------------- */
 
 /* Groups of options: a command accepts whole groups. */
 enum {
@@ -6788,12 +6773,14 @@ enum {
     ON_ALL = 512
 };
 
+/* What follows an option, and how its field in App holds that. */
 typedef enum Kind {
     TAKES_NOTHING, /* stores `least` in an int */
     TAKES_TEXT,
     TAKES_LIST,    /* texts: it may be repeated */
     TAKES_COUNT,   /* least..most, into an int */
     TAKES_BYTES,   /* with K, M or G, into a size_t */
+    TAKES_NUMBER,  /* above 0, into a double */
     TAKES_WORD     /* one of `words`: its index, into an int */
 } Kind;
 
@@ -6832,11 +6819,13 @@ static const Option OPTIONS[] = {
     WORD("--metric", "NAME", ON_METRIC, metric, METRICS,
          "logit_diff (default), logit, prob, logprob, kl or rank"),
     FLAG("--noising", ON_SWEEP, noising, 1, "corrupted activations into the clean run"),
-    FLAG("--normalize", ON_SWEEP, normalize, 1, "0 is the unpatched run, 1 (noising: -1) the other"),
+    FLAG("--normalize", ON_SWEEP, normalize, 1, "0 is the unpatched run, 1 (noising -1) the other"),
     FLAG("--per-prompt", ON_SWEEP, per_prompt, 1, "every example instead of the mean"),
     FLAG("--brute", ON_PATCH, brute, 1, "a full pass a cell: the same bits, slowly"),
     FLAG("--stats", ON_PATCH, stats, 1, "what it cost, on stderr and in .json"),
     WORD("--color", "WHEN", ON_SWEEP, color, COLORS, "auto (default), always or never"),
+    VALUE("--range", "X", ON_SWEEP, TAKES_NUMBER, range,
+          "where colours end (default: at the largest value)"),
     VALUE("-o", "FILE", ON_OUTPUT, TAKES_LIST, outputs, "write a file, see above"),
     FLAG("--no-bos", ON_TEXT, no_bos, 1, "no <|endoftext|> in front of texts"),
     VALUE("-m", "MODEL", ON_MODEL, TAKES_TEXT, model_path,
@@ -6850,15 +6839,16 @@ static const Option OPTIONS[] = {
     FLAG("--no-center-writing-weights", ON_MODEL, load.center_writing_weights, 0, ""),
     FLAG("--no-center-unembed", ON_MODEL, load.center_unembed, 0, ""),
     FLAG("--no-fold-value-biases", ON_MODEL, load.fold_value_biases, 0, ""),
-    FLAG("--refactor-factored-attn-matrices", ON_MODEL, load.refactor_factored_attn_matrices, 1, ""),
+    FLAG("--refactor-factored-attn-matrices", ON_MODEL, load.refactor_factored_attn_matrices, 1,
+         "off by default"),
     FLAG("-h", ON_ALL, help, 1, "this help"),
     FLAG("--help", ON_ALL, help, 1, "this help"),
 };
 
 #define N_OPTIONS (sizeof OPTIONS / sizeof *OPTIONS)
 
-/* A number without sign at the start of text[0..n); returns the bytes it takes, 0: there is none or it
-   is too large. */
+/* A number without sign at the start of text[0..n); returns the bytes it takes, 0: there is none or
+   it is too large. */
 static size_t parse_digits(const char *text, size_t n, size_t *out) {
     size_t i;
 
@@ -6869,7 +6859,7 @@ static size_t parse_digits(const char *text, size_t n, size_t *out) {
     return i;
 }
 
-/* Digits and nothing else, or with a unit behind them where that is asked for. */
+/* Digits and nothing else, or with a unit of 1024s behind them where that is asked for. */
 static int parse_size(const char *text, int with_unit, size_t *out) {
     static const char units[] = "KMG";
     const char *end = text + parse_digits(text, strlen(text), out);
@@ -6886,6 +6876,8 @@ static patch_status set_option(App *app, const Option *o, const char *value, pat
     void *field = (char *)app + o->field;
     List *list = field;
     size_t n = 0;
+    double number;
+    char *end;
 
     switch (o->kind) {
     case TAKES_NOTHING:
@@ -6907,6 +6899,11 @@ static patch_status set_option(App *app, const Option *o, const char *value, pat
         if (!parse_size(value, 1, field) || *(size_t *)field == 0)
             return fail(e, PATCH_E_USAGE, o->name, "%.60s is no number of bytes; give one, as 64M",
                         value);
+        break;
+    case TAKES_NUMBER:
+        number = *(double *)field = strtod(value, &end);
+        if (*value == '\0' || *end != '\0' || !(number > 0) || !isfinite(number))
+            return fail(e, PATCH_E_USAGE, o->name, "%.60s is no number above 0; give one", value);
         break;
     case TAKES_WORD:
         while (o->words[n] != NULL && strcmp(o->words[n], value) != 0)
@@ -6938,12 +6935,13 @@ static patch_status parse_option(App *app, char **argv, int *i, patch_error *e) 
     if (o == NULL || !(o->group & (app->command->accepts | ON_ALL)))
         return fail(e, PATCH_E_USAGE, command, "%s option %.60s; see actpatch %s -h",
                     o ? "this command has no" : "unknown", word, command);
-    if (o->kind == TAKES_NOTHING)
-        return equals == NULL ? set_option(app, o, NULL, e)
-                              : fail(e, PATCH_E_USAGE, o->name, "it has no value; leave out %.60s", equals);
-    if (!equals && argv[*i + 1] == NULL)
-        return fail(e, PATCH_E_USAGE, o->name, "its value is missing; give %s %s", o->name, o->value);
-    return set_option(app, o, equals ? equals + 1 : argv[++*i], e);
+    if (o->kind == TAKES_NOTHING && equals != NULL)
+        return fail(e, PATCH_E_USAGE, o->name, "it has no value; leave out %.60s", equals);
+    if (o->kind == TAKES_NOTHING || equals != NULL)
+        return set_option(app, o, equals ? equals + 1 : NULL, e);
+    if (argv[++*i] == NULL)
+        return fail(e, PATCH_E_USAGE, o->name, "its value is missing; give %s", o->value);
+    return set_option(app, o, argv[*i], e);
 }
 
 /* Sweeps parted by commas; `all` is every one but that whose size is quadratic in the prompt. */
@@ -6965,7 +6963,7 @@ static patch_status choose_sweeps(App *app, patch_error *e) {
             found = 1;
         }
         if (!found)
-            return fail(e, PATCH_E_USAGE, "--sweep", "unknown sweep %.*s; actpatch patch -h lists them",
+            return fail(e, PATCH_E_USAGE, "--sweep", "unknown sweep %.*s; see actpatch patch -h",
                         length < 60 ? (int)length : 60, list);
     }
     return PATCH_OK;
@@ -6978,12 +6976,13 @@ static patch_status check_usage(App *app, patch_error *e) {
     size_t i;
 
     if (app->operands.n < c->least)
-        return fail(e, PATCH_E_USAGE, c->name, "%s is missing; see actpatch %s -h", c->operands, c->name);
+        return fail(e, PATCH_E_USAGE, c->name, "%s is missing; see actpatch %s -h", c->operands,
+                    c->name);
     if (app->operands.n > c->most)
         return fail(e, PATCH_E_USAGE, c->name, "%.60s is a word too many; put a text in quotes",
                     app->operands.items[c->most]);
     if (o != NULL && *(const char *const *)(const void *)((const char *)app + o->field) == NULL)
-        return fail(e, PATCH_E_USAGE, c->name, "%s is missing; give %s %s", o->name, o->name, o->value);
+        return fail(e, PATCH_E_USAGE, c->name, "%s is missing; give %s", o->name, o->value);
     if (c->one_file && app->outputs.n != 1)
         return fail(e, PATCH_E_USAGE, c->name, "it makes one file; give one -o FILE");
     for (i = 0; i < app->outputs.n; i++) {
@@ -7012,9 +7011,9 @@ static patch_status parse_arguments(App *app, int argc, char **argv, patch_error
     return app->help ? PATCH_OK : check_usage(app, e);
 }
 
-/* ---- 13.3 Prompts -----------------------------------------------------------------------------
-   A TSV file: UTF-8, LF or CRLF, a BOM skipped, empty lines ignored, fields verbatim. The first line
-   names the columns. Places are told by line, as an editor counts. */
+/* ---- 13.3 Prompts -------------------------------------------------------------------------------
+   A TSV file: UTF-8, LF or CRLF, a BOM skipped, empty lines ignored, fields verbatim. The first
+   line names the columns. Places are told by line, as an editor counts. */
 
 typedef struct Field {
     const char *text; /* of the file, not terminated; any bytes but tab and newline */
@@ -7048,9 +7047,10 @@ static patch_status read_file(App *app, const char *path, const char **text, siz
         return fail(e, PATCH_E_IO, path, "%s; give the path of a file", strerror(errno));
     for (*n = 0; got > 0 && status == PATCH_OK; *n += got) {
         if (bytes == NULL || *n == room) {
-            larger = (room *= 2) <= (size_t)1 << 30 ? keep(app, room, 1, e) : NULL;
+            larger = (room *= 2) <= (size_t)1 << 30 ? pool_take(&app->pool, room, 1) : NULL;
             if (larger != NULL && bytes != NULL)
                 memcpy(larger, bytes, *n);
+            pool_give(&app->pool, bytes);
             if ((bytes = larger) == NULL)
                 status = no_memory(e, path, room);
         }
@@ -7109,8 +7109,8 @@ static patch_status tsv_read(App *app, Tsv *t, const char *path, patch_error *e)
         row++;
     }
     if (row < 2)
-        return fail(e, PATCH_E_INPUT, t->path, "no examples; name columns in the first line, parted "
-                    "by tabs, and give an example in each further line");
+        return fail(e, PATCH_E_INPUT, t->path, "no examples; name columns in the first line, "
+                    "parted by tabs, and give an example in each further line");
     t->n_rows = row - 1;
     return PATCH_OK;
 }
@@ -7122,10 +7122,13 @@ static patch_status tsv_column(const Tsv *t, const char *name, int *column, patc
 
     *column = -1;
     for (i = 0; i < t->n_columns; i++) {
-        if (t->fields[i].length != strlen(name) || memcmp(t->fields[i].text, name, strlen(name)) != 0)
+        const Field *field = &t->fields[i];
+
+        if (field->length != strlen(name) || memcmp(field->text, name, field->length) != 0)
             continue;
         if (*column >= 0)
-            return fail(e, PATCH_E_INPUT, tsv_place(t, 0, place), "two columns %s; leave one out", name);
+            return fail(e, PATCH_E_INPUT, tsv_place(t, 0, place), "two columns %s; leave one out",
+                        name);
         *column = (int)i;
     }
     return PATCH_OK;
@@ -7217,21 +7220,21 @@ static patch_status check_ids(const App *app, const int *ids, size_t n, int is_a
         return fail(e, PATCH_E_INPUT, place, "%s is empty; give some text", name);
     for (i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= d->d_vocab)
-            return fail(e, PATCH_E_INPUT, place, "%s: id %d is none of the model's; give 0..%d", name,
+            return fail(e, PATCH_E_INPUT, place, "%s: the model has no id %d; give 0..%d", name,
                         ids[i], d->d_vocab - 1);
     if (is_answer && n > 1)
         return fail(e, PATCH_E_INPUT, place,
-                    "%s is %lu tokens (%s%s%s) and must be one; choose a word of one token, with its "
-                    "leading space", name, (unsigned long)n, token_shown(app, ids[0], first),
+                    "%s is %lu tokens (%s%s%s) and must be one; choose a word of one token, with "
+                    "its leading space", name, (unsigned long)n, token_shown(app, ids[0], first),
                     token_shown(app, ids[1], second), n > 2 ? "..." : "");
     if (n > (size_t)d->n_ctx)
-        return fail(e, PATCH_E_INPUT, place, "%s has %lu tokens where the model takes %d; shorten it",
+        return fail(e, PATCH_E_INPUT, place, "%s has %lu tokens, the model takes %d; shorten it",
                     name, (unsigned long)n, d->n_ctx);
     return PATCH_OK;
 }
 
 /* Two things that are seldom meant, each told once a file: "shops,  John" has a token more than
-   "shops, John" (GPT-2's 220), and "Mary" is another token than " Mary". */
+   "shops, John" (GPT-2's 220), and "Mary" is another token than " Mary". The field is not empty. */
 static void warn_spaces(Prompts *p, int role, const Field *field, const char *place) {
     int *warned = role >= ANSWER ? &p->warned_answer : &p->warned_space;
     patch_error w;
@@ -7239,7 +7242,7 @@ static void warn_spaces(Prompts *p, int role, const Field *field, const char *pl
 
     for (i = 1; i < field->length && memcmp(field->text + i - 1, "  ", 2) != 0; i++)
         ;
-    if (*warned || (role >= ANSWER ? field->length == 0 || field->text[0] == ' ' : i >= field->length))
+    if (*warned || (role >= ANSWER ? field->text[0] == ' ' : i >= field->length))
         return;
     fail(&w, PATCH_OK, place, role >= ANSWER
              ? "%s has no leading space; write it as it follows the prompt"
@@ -7261,9 +7264,10 @@ static patch_status check_lengths(const App *app, const char *place, const char 
     while (i < n_a && i < n_b && a[i] == b[i])
         i++;
     return fail(e, PATCH_E_INPUT, place,
-                "%s has %lu tokens where %s has %lu, and the first that differs is number %lu, %s where "
-                "that has %s; give all prompts the same length", name, (unsigned long)n_a, other,
-                (unsigned long)n_b, (unsigned long)i, i < n_a ? token_shown(app, a[i], shown_a) : "none",
+                "%s has %lu tokens where %s has %lu, and the first that differs is number %lu, %s "
+                "where that has %s; give all prompts the same length",
+                name, (unsigned long)n_a, other, (unsigned long)n_b, (unsigned long)i,
+                i < n_a ? token_shown(app, a[i], shown_a) : "none",
                 i < n_b ? token_shown(app, b[i], shown_b) : "none");
 }
 
@@ -7310,8 +7314,8 @@ static patch_status prompts_columns(Prompts *p, unsigned need, unsigned may, pat
         p->has_ids[role] = ids >= 0;
         p->column[role] = (need | may) & NEEDS(role) ? (ids >= 0 ? ids : text) : -1;
         if ((need & NEEDS(role)) && p->column[role] < 0)
-            return fail(e, PATCH_E_INPUT, place, "no column %s; name it in the first line, behind a tab",
-                        ROLES[role][0]);
+            return fail(e, PATCH_E_INPUT, place, "no column %s; the first line names the columns, "
+                        "parted by tabs", ROLES[role][0]);
     }
     return PATCH_OK;
 }
@@ -7335,14 +7339,14 @@ static patch_status prompts_read(App *app, const char *path, unsigned need, unsi
             if (p->column[role] >= 0)
                 TRY(prompts_role(app, p, row, role, e));
         if (one_length)
-            TRY(check_lengths(app, tsv_place(&p->tsv, row + 1, place), "this prompt", prompt_ids(p, row, side),
-                              (size_t)p->examples[row].n_tokens, first, prompt_ids(p, 0, side),
-                              (size_t)p->examples[0].n_tokens, e));
+            TRY(check_lengths(app, tsv_place(&p->tsv, row + 1, place), "this prompt",
+                              prompt_ids(p, row, side), (size_t)p->examples[row].n_tokens, first,
+                              prompt_ids(p, 0, side), (size_t)p->examples[0].n_tokens, e));
     }
     return PATCH_OK;
 }
 
-/* ---- 13.4 Commands: info, tokens, top --------------------------------------------------------- */
+/* ---- 13.4 Commands: info, tokens, top -------------------------------------------------------- */
 
 /* A file that comes with the program: in tests/tiny beside it, or installed; 0: nowhere. */
 static int bundled(const App *app, const char *name, char path[PATH_ROOM]) {
@@ -7408,35 +7412,42 @@ static int processing_on(const App *app, size_t i) {
     return *(const int *)(const void *)(options + PROCESSING[i].field) != 0;
 }
 
-/* Lines `name value`, parted by a tab. */
+/* Lines `name value`, parted by a tab. The least memory is that of a pass over one token, beside
+   the mapped file; the cache's is that of every activation of a prompt of n_ctx tokens. */
 static patch_status cmd_info(App *app, patch_error *e) {
     static const char *const act_fns[] = {"gelu_new", "gelu", "relu"}, *const every[] = {"*"};
     const patch_dims *d = patch_model_dims(app->model);
+    static const int first = 0;
+    const patch_run run = {&first, 1, NULL, 0};
+    patch_read read = {PATCH_LN_FINAL_NORMALIZED, 0, 0, 0, NULL, 0};
+    patch_stats stats = {0};
     char sha256[65];
     size_t i, length, tokens = 0, cache = 0;
 
-    TRY(patch_model_sha256(app->model, sha256, e));
     if (app->verify)
         TRY(patch_model_verify(app->model, e));
+    TRY(patch_model_sha256(app->model, sha256, e));
+    TRY(patch_execute(app->model, &run, 1, &read, 1, &stats, e));
     TRY(patch_run_with_cache(app->model, NULL, 1, (size_t)d->n_ctx, every, 1, &cache, NULL, e));
     for (i = 0; i < (size_t)d->d_vocab; i++)
         tokens += patch_token(app->model, (int)i, &length) != NULL;
-    printf("n_layers\t%d\nn_heads\t%d\nd_model\t%d\nd_head\t%d\nd_mlp\t%d\nn_ctx\t%d\nd_vocab\t%d\n",
-           d->n_layers, d->n_heads, d->d_model, d->d_head, d->d_mlp, d->n_ctx, d->d_vocab);
+    printf("n_layers\t%d\nn_heads\t%d\nd_model\t%d\nd_head\t%d\nd_mlp\t%d\n", d->n_layers,
+           d->n_heads, d->d_model, d->d_head, d->d_mlp);
+    printf("n_ctx\t%d\nd_vocab\t%d\n", d->n_ctx, d->d_vocab);
     printf("act_fn\t%s\neps\t%.9g\nparameters\t%.0f\n", act_fns[d->act_fn], d->eps, d->parameters);
     printf("tokenizer_size\t%lu\nbos\t%d\n", (unsigned long)tokens, d->bos);
     for (i = 0; i < N_PROCESSING; i++)
         printf("%s\t%s\n", PROCESSING[i].name, processing_on(app, i) ? "yes" : "no");
     printf("folded\t%s\ndtype\t%s\nfile_bytes\t%.0f\n", d->folded ? "yes" : "no",
            d->dtype ? "f16" : "f32", d->file_bytes);
-    printf("cache_bytes\t%.0f\n", (double)cache); /* of everything, for one prompt of n_ctx tokens */
+    printf("memory_least\t%.0f\nmemory_cache\t%.0f\n", stats.peak_bytes, (double)cache);
     printf("kernels\t%s\nthreads\t%d\nsha256\t%s\n", d->kernels, d->threads, sha256);
     if (app->verify)
         printf("checksums\tgood\n");
     return PATCH_OK;
 }
 
-/* |a|b| with what a line cannot show escaped; nothing between the bars where there is no tokenizer. */
+/* |a|b| with what a line cannot show escaped; without a tokenizer nothing stands between bars. */
 static void put_tokens(const App *app, const int *ids, size_t n) {
     char piece[ESCAPE_ROOM];
     size_t i, at, length;
@@ -7507,8 +7518,8 @@ static patch_status final_logits(App *app, const int *ids, size_t n, const Score
 }
 
 /* The ids of a text on the command line: a prompt, or an answer. */
-static patch_status encode_argument(App *app, const char *text, int is_answer, const int **ids, size_t *n,
-                                    patch_error *e) {
+static patch_status encode_argument(App *app, const char *text, int is_answer, const int **ids,
+                                    size_t *n, patch_error *e) {
     TRY(encode(app, text, strlen(text), !is_answer && !app->no_bos, ids, n, e));
     return check_ids(app, *ids, *n, is_answer, is_answer ? "the answer" : "the prompt",
                      is_answer ? "--answer" : app->command->name, e);
@@ -7549,11 +7560,12 @@ static patch_status cmd_top(App *app, patch_error *e) {
     return PATCH_OK;
 }
 
-/* ---- 13.5 Commands: diff, cache, fold --------------------------------------------------------- */
+/* ---- 13.5 Commands: diff, cache, fold -------------------------------------------------------- */
 
 /* Which roles a metric reads. */
 static unsigned metric_needs(int metric) {
-    return (metric == PATCH_KL ? 0 : NEEDS(ANSWER)) | (metric == PATCH_LOGIT_DIFF ? NEEDS(WRONG) : 0);
+    return (metric == PATCH_KL ? 0u : NEEDS(ANSWER)) |
+           (metric == PATCH_LOGIT_DIFF ? NEEDS(WRONG) : 0u);
 }
 
 /* The mean of n numbers that lie `step` apart, summed in order. */
@@ -7781,7 +7793,7 @@ static patch_status cmd_fold(App *app, patch_error *e) {
     return patch_model_fold(app->model, app->outputs.items[0], e);
 }
 
-/* ---- 13.6 Tables of a prompts file: what their axes and files have in common ------------------- */
+/* ---- 13.6 Tables of a prompts file: what their axes and files have in common ----------------- */
 
 /* The labels of positions and heads, and a table that has everything but name, axes and values. */
 typedef struct Common {
@@ -7808,7 +7820,8 @@ static patch_status common_labels(App *app, const Prompts *p, Common *c, patch_e
             TRY(keep_text(app, &number, e, "%d", p->examples[0].clean[i]));
             bytes[i] = strlen(tokens[i] = number);
         }
-        TRY(keep_text(app, &c->positions[i], e, "%.*s_%lu", (int)bytes[i], tokens[i], (unsigned long)i));
+        TRY(keep_text(app, &c->positions[i], e, "%.*s_%lu", (int)bytes[i], tokens[i],
+                      (unsigned long)i));
     }
     for (i = 0; i < n_heads; i++)
         TRY(keep_text(app, &c->heads[i], e, "H%lu", (unsigned long)i));
@@ -7866,6 +7879,7 @@ static patch_status common_begin(App *app, const Prompts *p, Common *c, patch_er
     c->table.metric = METRICS[app->metric];
     c->table.direction = app->noising ? "noising" : "denoising";
     c->table.normalized = app->normalize;
+    c->table.range = app->range;
     TRY(common_labels(app, p, c, e));
     TRY(common_tokens(app, p, c, e));
     return common_settings(app, c, e);
@@ -7913,10 +7927,10 @@ static patch_status common_stats(App *app, const patch_stats *s, Common *c, patc
     return PATCH_OK;
 }
 
-/* ---- 13.7 Commands: patch --------------------------------------------------------------------- */
+/* ---- 13.7 Commands: patch -------------------------------------------------------------------- */
 
-/* The sweeps of one call, each a list of cells. What several of them share (*_every sweeps consist of
-   others) is computed once. */
+/* The sweeps of one call, each a list of cells. What several of them share (*_every sweeps consist
+   of others) is computed once. */
 typedef struct Sweeps {
     patch_shape shape[MAX_SWEEPS];
     size_t start[MAX_SWEEPS + 1]; /* where a sweep's cells begin among all */
@@ -7934,7 +7948,7 @@ typedef struct Numbered {
 /* Equal cells side by side, the earliest first. */
 static int compare_cells(const void *a, const void *b) {
     const Numbered *x = a, *y = b;
-    const int order = memcmp(&x->cell, &y->cell, sizeof x->cell); /* ints, no padding between them */
+    const int order = memcmp(&x->cell, &y->cell, sizeof x->cell); /* ints, no padding */
 
     return order != 0 ? order : x->number < y->number ? -1 : x->number > y->number;
 }
@@ -7952,9 +7966,10 @@ static patch_status share_cells(App *app, Sweeps *s, size_t n, patch_error *e) {
     }
     qsort(sorted, n, sizeof *sorted, compare_cells);
     for (i = 0; i < n; i++) { /* first the number of the earliest equal cell ... */
-        const int same = i > 0 && memcmp(&sorted[i].cell, &sorted[i - 1].cell, sizeof(patch_cell)) == 0;
+        const Numbered *x = &sorted[i];
+        const int same = i > 0 && memcmp(&x->cell, &x[-1].cell, sizeof x->cell) == 0;
 
-        s->slot[sorted[i].number] = same ? s->slot[sorted[i - 1].number] : sorted[i].number;
+        s->slot[x->number] = same ? s->slot[x[-1].number] : x->number;
     }
     for (i = 0; i < n; i++) /* ... then its place among the distinct, none of which is behind i */
         if (s->slot[i] < i) {
@@ -8007,20 +8022,22 @@ static patch_status compute_sweeps(App *app, Sweeps *s, const Prompts *p, Common
     options.brute = app->brute;
     options.done = is_terminal(2) ? show_progress : NULL;
     options.ctx = &items;
-    TRY(patch_cells(app->model, p->examples, p->n, s->cells, s->n_cells, &options, s->values, stats, e));
+    TRY(patch_cells(app->model, p->examples, p->n, s->cells, s->n_cells, &options, s->values, stats,
+                    e));
     c->table.has_baseline = 1;
     c->table.clean = mean_of(options.unpatched, p->n, 2);
     c->table.corrupted = mean_of(options.unpatched + 1, p->n, 2);
     if (app->normalize && c->table.clean == c->table.corrupted) {
-        fail(&w, PATCH_OK, "--normalize", "clean and corrupted mean are both %.9g, so values are nan or "
-             "infinite; choose other prompts or another metric", c->table.clean);
+        fail(&w, PATCH_OK, "--normalize", "clean and corrupted mean are both %.9g, so values are "
+             "nan or infinite; choose other prompts or another metric", c->table.clean);
         print_message("warning: ", &w);
     }
     return PATCH_OK;
 }
 
 /* Kinds of an *_every sweep are called as their hook points; z is a head's output. */
-static patch_status label_kinds(App *app, const Sweeps *s, size_t sweep, Axis *axis, patch_error *e) {
+static patch_status label_kinds(App *app, const Sweeps *s, size_t sweep, Axis *axis,
+                                patch_error *e) {
     const size_t stride = s->shape[sweep].n_cells / axis->size;
     char name[64];
     size_t i;
@@ -8095,53 +8112,60 @@ static patch_status cmd_patch(App *app, patch_error *e) {
     return PATCH_OK;
 }
 
-/* ---- 13.8 Help and main ----------------------------------------------------------------------- */
+/* ---- 13.8 Help and main ---------------------------------------------------------------------- */
 
 static const Command COMMANDS[] = {
     {"info", "", "what a model file is",
-     "Prints lines of a name, a tab and a value: dimensions, parameters, tokenizer, processing, the\n"
-     "bytes that a cache of everything takes for one prompt of full length, and the file's SHA-256.\n",
+     "Prints lines of a name, a tab and a value: dimensions, parameters, tokenizer,\n"
+     "processing, sizes in bytes (memory_least: what a pass takes beside the file;\n"
+     "memory_cache: every activation of a prompt of n_ctx tokens), SHA-256.\n",
      ON_MODEL | ON_INFO, 0, 0, NULL, FORMATS, 0, cmd_info},
     {"tokens", "TEXT...", "how texts are cut into tokens",
-     "Prints two lines a text: the ids, and the tokens between bars, with \\n \\t \\r \\\\ and \\xHH for\n"
-     "bytes that cannot be shown.\n",
+     "Prints two lines a text: the ids, and the tokens between bars, with \\n \\t \\r \\\\\n"
+     "and \\xHH for bytes that cannot be shown.\n",
      ON_MODEL | ON_TEXT, 1, SIZE_MAX, NULL, FORMATS, 0, cmd_tokens},
     {"top", "TEXT", "which tokens the model expects after a text",
-     "Prints lines `rank id logit prob |token|` parted by tabs, the likeliest token (rank 0) first, then\n"
-     "such a line for each --answer, which is taken as it is: it mostly begins with a space.\n",
+     "Prints lines `rank id logit prob |token|`, parted by tabs, the likeliest token\n"
+     "(rank 0) first; then a line for each --answer, which is taken as it is: mostly\n"
+     "it begins with a space.\n",
      ON_MODEL | ON_TEXT | ON_TOP, 1, 1, NULL, FORMATS, 0, cmd_top},
     {"diff", "PROMPTS", "the metric of every clean and corrupted prompt",
-     "Prints `line clean corrupted` parted by tabs, a row an example, and their mean. -o writes the same\n"
-     "as .csv or .json, the numbers alone as .npy [B,2], - is stdout as CSV.\n",
+     "Prints `line clean corrupted`, parted by tabs, a row an example, and the mean.\n"
+     "-o writes .csv, .json, or the numbers alone as .npy [B,2]; - is stdout as CSV.\n",
      ON_MODEL | ON_TEXT | ON_METRIC | ON_OUTPUT, 1, 1, NULL, DIFF_FORMATS, 0, cmd_diff},
-    {"cache", "PROMPTS|--text TEXT", "activations, as TransformerLens's run_with_cache",
-     "Writes -o FILE.safetensors: every hook point that a glob matches, under TransformerLens's name and\n"
-     "in its shape [B,T,...], also tokens [B,T] and logits [B,T,V]. hook_result only where a glob has\n"
-     "this word in it.\n",
+    {"cache", "PROMPTS|--text TEXT", "activations, as run_with_cache gives them",
+     "Writes -o FILE.safetensors: every hook point that a glob matches, under the name\n"
+     "and in the shape [B,T,...] that TransformerLens has for it, also tokens [B,T]\n"
+     "and logits [B,T,V]. hook_result only where the glob has `result` in it.\n",
      ON_MODEL | ON_TEXT | ON_OUTPUT | ON_CACHE, 0, 1, "--names", CACHE_FORMATS, 1, cmd_cache},
-    {"patch", "PROMPTS", "activation patching: which activations carry the difference",
-     "For each cell of a sweep the corrupted prompt is run with one activation of the clean run put in\n"
-     "(--noising: the other way round); the value is the metric's mean over examples. -o FILE may be\n"
-     "repeated, the ending chooses the format: .npy .csv .json, - is stdout as CSV; several sweeps become\n"
-     "FILE-SWEEP.npy and so on. Without -o a table is shown.\n\n"
-     "sweeps, named as in transformer_lens.patching; `all` is every one but ..dest_src_pos:\n"
-     "  [layer,pos]       resid_pre resid_mid resid_post attn_out mlp_out\n"
-     "  [layer,pos,head]  attn_head_{out,q,k,v}_by_pos\n"
-     "  [layer,head,..]   attn_head_pattern_by_pos [dest], attn_head_pattern_dest_src_pos [dest,src]\n"
-     "  [layer,head]      attn_head_{out,q,k,v,pattern}_all_pos\n"
-     "  [kind,...]        attn_head_all_pos_every attn_head_by_pos_every block_every\n",
+    {"patch", "PROMPTS", "activation patching: which activations make the difference",
+     "For each cell of a sweep the corrupted prompt is run with one activation of the\n"
+     "clean run put in (--noising: the other way round); the value is the metric's mean\n"
+     "over the examples. -o FILE may be repeated, the ending chooses the format: .npy\n"
+     ".csv .json .svg .html, - is stdout as CSV. Several sweeps go into FILE-SWEEP.npy\n"
+     "and so on. Without -o a table is shown.\n\n"
+     "sweeps, named as in transformer_lens.patching; `all` is every one but dest_src_pos:\n"
+     "  [layer,pos]            resid_pre resid_mid resid_post attn_out mlp_out\n"
+     "  [layer,pos,head]       attn_head_out_by_pos and .._q_.. .._k_.. .._v_..\n"
+     "  [layer,head,dest]      attn_head_pattern_by_pos\n"
+     "  [layer,head,dest,src]  attn_head_pattern_dest_src_pos\n"
+     "  [layer,head]           attn_head_out_all_pos and .._q_.. .._k_.. .._v_.. .._pattern_..\n"
+     "  [5,layer,head] [5,layer,pos,head] [3,layer,pos]\n"
+     "                         attn_head_all_pos_every attn_head_by_pos_every block_every\n",
      ON_MODEL | ON_TEXT | ON_METRIC | ON_SWEEP | ON_OUTPUT | ON_PATCH, 1, 1, "--sweep", FORMATS, 0,
      cmd_patch},
     {"fold", "-o OUT.bin", "write the processed weights, which need no work at load",
-     "Writes a flat file whose weights are processed and laid out for the kernels. It is read in place.\n",
+     "Writes a model file whose weights are processed and laid out for the kernels,\n"
+     "to be read in place.\n",
      ON_MODEL | ON_OUTPUT, 0, 0, NULL, NULL, 1, cmd_fold},
 };
 
 #define N_COMMANDS (sizeof COMMANDS / sizeof *COMMANDS)
 
-#define PROMPTS_HELP                                                                                 \
-    "\nPROMPTS is a TSV file (-: stdin) whose first line names the columns: clean, corrupted, answer,\n" \
-    "wrong, or clean_ids, corrupted_ids, answer_id, wrong_id. Each further line is an example.\n"
+static const char PROMPTS_HELP[] =
+    "\nPROMPTS is a TSV file (-: stdin) whose first line names the columns: clean,\n"
+    "corrupted, answer, wrong, or clean_ids, corrupted_ids, answer_id, wrong_id. Each\n"
+    "further line is an example.\n";
 
 static void command_help(const Command *c) {
     size_t i;
@@ -8156,7 +8180,8 @@ static void command_help(const Command *c) {
         const int width = 20 - (int)strlen(o->name);
 
         if (o->group & c->accepts)
-            printf("  %s %-*s %s\n", o->name, width > 0 ? width : 0, o->value ? o->value : "", o->help);
+            printf("  %s %-*s %s\n", o->name, width > 0 ? width : 0, o->value ? o->value : "",
+                   o->help);
     }
 }
 
@@ -8181,8 +8206,8 @@ static void program_help(const App *app) {
 #if HAS_POSIX && defined(SIGBUS)
 /* A mapped file that gets shorter under the reader ends in SIGBUS. */
 static void on_bus_error(int number) {
-    static const char line[] = "actpatch: the model file changed while it was read, -m, leave it alone "
-                               "while actpatch runs\n";
+    static const char line[] = "actpatch: the model file changed while it was read, -m, leave it "
+                               "alone while actpatch runs\n";
 
     (void)number;
     if (write(2, line, sizeof line - 1) < 0)
@@ -8222,6 +8247,7 @@ int main(int argc, char **argv) {
     signal(SIGXFSZ, SIG_IGN); /* a file over the limit is then an error like a full disk */
 #endif
     app.program = argc > 0 ? argv[0] : "actpatch";
+    app.pool = pool_begin(&HEAP, SIZE_MAX);
     app.load = patch_options_default();
     app.k = 10;
     for (i = 0; argc > 1 && i < N_COMMANDS; i++)
@@ -8236,17 +8262,12 @@ int main(int argc, char **argv) {
     else
         status = fail(&e, PATCH_E_USAGE, argv[1], "unknown command; see %.60s -h", app.program);
     if ((fflush(stdout) != 0 || ferror(stdout)) && status == PATCH_OK)
-        status = fail(&e, PATCH_E_IO, "standard output", "could not be written whole: %s; make room",
-                      strerror(errno));
+        status = fail(&e, PATCH_E_IO, "standard output", "could not be written whole: %s; make "
+                      "room", strerror(errno));
     if (status != PATCH_OK)
         print_message("", &e);
     patch_model_free(app.model);
-    while (app.kept != NULL) {
-        Kept *next = app.kept->next;
-
-        give(&HEAP, app.kept);
-        app.kept = next;
-    }
+    pool_end(&app.pool, status);
     return status == PATCH_OK ? 0 : e.code == PATCH_E_USAGE ? 2 : 1;
 }
 
