@@ -31,7 +31,7 @@ actpatch: patch.c patch.h Makefile
 
 lib: libactpatch.so
 libactpatch.so: patch.c patch.h Makefile
-	$(BUILD) -DPATCH_NO_MAIN -fPIC -shared -fvisibility=hidden patch.c -o $@ $(LDFLAGS) -lm
+	$(BUILD) -DPATCH_NO_MAIN -fPIC -shared patch.c -o $@ $(LDFLAGS) -lm
 
 # The main job on the bundled model. Without python3 the committed flat file serves.
 demo: actpatch
@@ -47,7 +47,7 @@ test-core: actpatch
 # Beside TransformerLens itself, at GPT-2 small's size and on random models: PYTHON must have torch,
 # transformers and transformer-lens (versions in tests/requirements.txt).
 test-reference: actpatch
-	@$(PYTHON) tests/reference.py
+	@$(PYTHON) tests/reference.py $(ARGS)
 
 test-exhaustive: actpatch
 	@CC="$(CC)" $(PYTHON) tests/test_kernels.py --exhaustive

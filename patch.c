@@ -79,6 +79,7 @@
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -369,74 +370,67 @@ static patch_status pool_end(Pool *p, patch_status s) {
 }
 
 /* ==== 3. Model file ==============================================================================
-   One flat file: head, table, tokenizer, tensors. All numbers are little-endian; tokenizer and
-   tensors begin at multiples of 64; the gaps between them are zero; nothing follows the last tensor.
+   One flat file: head, table, tokenizer, tensors. Numbers are little-endian; the tokenizer and each
+   tensor begin at multiples of 64, with zeros in the gaps; nothing follows the last tensor.
 
-   Head, 128 bytes:
-        0  8 bytes  "ACTPATCH"                  52  u32  number of tensors
-        8  u32  version, 1                      56  u64  byte at which the tokenizer begins, 0: none
-       12  u32  n_layers                        64  u64  its length
-       16  u32  n_heads                         72  u64  length of the file
-       20  u32  d_model, C                      80  u32  CRC-32 of the table
-       24  u32  d_mlp, M                        84  u32  CRC-32 of the tokenizer
-       28  u32  n_ctx                           88  u32  processing, 0: raw (below)
-       32  u32  d_vocab, V                      92  32 zero bytes
-       36  u32  0 gelu_new, 1 gelu, 2 relu     124  u32  CRC-32 of bytes 0..123
-       40  f64  LayerNorm's epsilon
-       48  u32  1: scores of layer l are also divided by l + 1
-
+   Head, 128 bytes (CRC-32: zlib's):
+      0  8 bytes "ACTPATCH"   28  u32 n_ctx, N                        64  u64 the tokenizer's length
+      8  u32 version, 1       32  u32 d_vocab, V                      72  u64 length of the file
+     12  u32 n_layers, L      36  u32 0 gelu_new, 1 gelu, 2 relu      80  u32 CRC-32 of the table
+     16  u32 n_heads, H       40  f64 LayerNorm's epsilon             84  u32 and of the tokenizer
+     20  u32 d_model, C       48  u32 1: layer l's scores / (l + 1)   88  u32 processing, 0: raw
+     24  u32 d_mlp, M         52  u32 number of tensors               92  32 zero bytes
+                              56  u64 the tokenizer's place, 0: none 124  u32 CRC-32 of bytes 0..123
    Table, 80 bytes a tensor:
-        0  48 bytes  name, padded with zeros    60  u32  columns (1 where rank is 1)
-       48  u32  type: 0 f32, 1 f16, 2 panels    64  u64  byte at which it begins
-       52  u32  rank, 1 or 2                    72  u32  CRC-32 of its bytes
-       56  u32  rows                            76  u32  0
+      0  48 bytes name, zeros behind it     56  u32 rows              64  u64 byte where it begins
+     48  u32 0 f32, 1 f16, 2 panels         60  u32 columns; 1 of a   72  u32 CRC-32 of its bytes
+     52  u32 rank, 1 or 2                        vector               76  u32 0
 
-   Tensors of a raw file, in this order: RAW_HEAD, RAW_LAYER for each layer, RAW_TAIL, and
-   lm_head.weight [V,C] where the unembedding is not wte.weight. Matrices are [in,out], row-major, and
-   f32 or f16; vectors are f32.
-
-   A processed file (`actpatch fold`) has FOLDED_LAYER instead of RAW_LAYER, and in `processing` bit 5
+   Tensors of a raw file, in this order: two of outer_rows; raw_rows for each layer, with "h.LAYER."
+   in front of the name; the rest of outer_rows, lm_head.weight only where the unembedding is not
+   wte.weight. Matrices are [in,out], row-major, and f32 or f16; vectors are f32.
+   A processed file (`actpatch fold`) has folded_rows instead of raw_rows, and in `processing` bit 5
    and the steps that were done: bit 0 fold_ln, 1 center_writing_weights, 2 center_unembed,
-   3 fold_value_biases, 4 refactor_factored_attn_matrices. Its matrices are panels of 16 columns,
-   [ceil(out/16)][in][16], zeros beyond the last column: what the kernels read, in place. The embeddings
-   and ln_f stay raw: a pass reads a few rows of them and processes those.
-   The CRC-32 is zlib's. The tokenizer's bytes are specified in chapter 4. */
+   3 fold_value_biases, 4 refactor_factored_attn_matrices. Its layers' matrices are panels of 16
+   columns, [ceil(out/16)][in][16], zeros beyond the last: read in place. All else stays raw. */
 
-#define RAW_HEAD(X) X("wte.weight", V, C) X("wpe.weight", N, C)
-#define RAW_LAYER(X)                                                                               \
-    X("ln_1.weight", C, 0) X("ln_1.bias", C, 0) X("attn.c_attn.weight", C, 3 * C)                  \
-    X("attn.c_attn.bias", 3 * C, 0) X("attn.c_proj.weight", C, C) X("attn.c_proj.bias", C, 0)      \
-    X("ln_2.weight", C, 0) X("ln_2.bias", C, 0) X("mlp.c_fc.weight", C, M)                         \
-    X("mlp.c_fc.bias", M, 0) X("mlp.c_proj.weight", M, C) X("mlp.c_proj.bias", C, 0)
-#define FOLDED_LAYER(X)                                                                            \
-    X("ln_1.weight", C, 0) X("ln_1.bias", C, 0) X("attn.W_Q", C, C) X("attn.b_Q", C, 0)            \
-    X("attn.W_K", C, C) X("attn.b_K", C, 0) X("attn.W_V", C, C) X("attn.b_V", C, 0)                \
-    X("attn.W_O", C, C) X("attn.b_O", C, 0) X("ln_2.weight", C, 0) X("ln_2.bias", C, 0)            \
-    X("mlp.W_in", C, M) X("mlp.b_in", M, 0) X("mlp.W_out", M, C) X("mlp.b_out", C, 0)
-#define RAW_TAIL(X) X("ln_f.weight", C, 0) X("ln_f.bias", C, 0)
-
-enum { /* positions within a layer's tensors */
-    RAW_LN1_W, RAW_LN1_B, RAW_QKV, RAW_QKV_B, RAW_O, RAW_O_B,
-    RAW_LN2_W, RAW_LN2_B, RAW_IN, RAW_IN_B, RAW_OUT, RAW_OUT_B, RAW_PER_LAYER,
-    FOLD_LN1_W = 0, FOLD_LN1_B, FOLD_Q, FOLD_Q_B, FOLD_K, FOLD_K_B, FOLD_V, FOLD_V_B, FOLD_O, FOLD_O_B,
-    FOLD_LN2_W, FOLD_LN2_B, FOLD_IN, FOLD_IN_B, FOLD_OUT, FOLD_OUT_B, FOLD_PER_LAYER
-};
-
-enum { TYPE_F32, TYPE_F16, TYPE_PANELS };
-enum { HEAD_BYTES = 128, TABLE_ROW = 80, ALIGNMENT = 64, PANEL = 16 };
-enum { /* ceilings: far above any GPT-2, low enough that no product of two overflows 64 bits */
-    MAX_LAYERS = 256, MAX_HEADS = 256, MAX_MODEL = 65536, MAX_MLP = 262144, MAX_CTX = 1048576,
-    MAX_VOCAB = 4194304
-};
+/* Rows and columns by their letter in the head, 3: 3 C, -: it is a vector; then the name. */
+static const char *const outer_rows[] = {
+    "VC wte.weight", "NC wpe.weight", "C- ln_f.weight", "C- ln_f.bias", "VC lm_head.weight"};
+static const char *const raw_rows[] = {
+    "C- ln_1.weight", "C- ln_1.bias", "C3 attn.c_attn.weight", "3- attn.c_attn.bias",
+    "CC attn.c_proj.weight", "C- attn.c_proj.bias", "C- ln_2.weight", "C- ln_2.bias",
+    "CM mlp.c_fc.weight", "M- mlp.c_fc.bias", "MC mlp.c_proj.weight", "C- mlp.c_proj.bias"};
+static const char *const folded_rows[] = {
+    "C- ln_1.weight", "C- ln_1.bias", "CC attn.W_Q", "C- attn.b_Q", "CC attn.W_K", "C- attn.b_K",
+    "CC attn.W_V", "C- attn.b_V", "CC attn.W_O", "C- attn.b_O", "C- ln_2.weight", "C- ln_2.bias",
+    "CM mlp.W_in", "M- mlp.b_in", "MC mlp.W_out", "C- mlp.b_out"};
+enum { /* positions in these; a bias stands behind its weights */
+    RAW_LN1_W, RAW_QKV = 2, RAW_O = 4, RAW_LN2_W = 6, RAW_IN = 8, RAW_OUT = 10, RAW_PER_LAYER = 12,
+    FOLD_Q = 2, FOLD_K = 4, FOLD_V = 6, FOLD_O = 8, FOLD_LN2_W = 10, FOLD_IN = 12, FOLD_OUT = 14,
+    FOLD_PER_LAYER = 16};
 enum { /* bits of `processing` */
     DID_FOLD_LN = 1, DID_CENTER_WRITING = 2, DID_CENTER_UNEMBED = 4, DID_FOLD_VALUES = 8,
-    DID_REFACTOR = 16, DID_FOLD = 32
-};
+    DID_REFACTOR = 16, DID_FOLD = 32};
+enum { TYPE_F32, TYPE_F16, TYPE_PANELS }; /* of a tensor: below its rank, or panels */
+enum { HEAD_BYTES = 128, TABLE_ROW = 80, ALIGNMENT = 64, PANEL = 16, MAX_HEADS = 256 };
 
 typedef struct Tensor {
     uint32_t type, rank, rows, cols, crc; /* of a vector cols is 1 */
-    size_t offset, bytes;
+    size_t offset, bytes;                 /* in the file */
 } Tensor;
+
+/* What a file says, checked. The tensors' bytes stay where they are. */
+typedef struct ModelFile {
+    Map map;                    /* the bytes, or only their number where they are read in pieces */
+    char *path;                 /* NULL: memory of the caller's */
+    const unsigned char *front; /* all before the first tensor, a copy where nothing is mapped */
+    size_t L, H, C, D, M, N, V; /* layers, heads, d_model, d_head, d_mlp, n_ctx, d_vocab */
+    size_t n_tensors, per_layer, untied, inverse_layer, tokenizer_at, tokenizer_bytes;
+    uint32_t act_fn, processing;
+    double eps;                 /* LayerNorm's epsilon */
+    Tensor *tensors;            /* [n_tensors] */
+} ModelFile;
 
 static uint32_t get_u32(const unsigned char *p) {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
@@ -446,342 +440,222 @@ static uint64_t get_u64(const unsigned char *p) {
     return get_u32(p) | (uint64_t)get_u32(p + 4) << 32;
 }
 
-static double get_f64(const unsigned char *p) {
-    const uint64_t bits = get_u64(p);
-    double value;
-
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 /* zlib's CRC-32 of n more bytes; begin with 0. Four bits at a time: 16 words of table instead of
    1,024, at a third of the speed, for files that are checked once. */
+static const uint32_t crc_table[16] = {
+    0x00000000, 0x1DB71064, 0x3B6E20C8, 0x26D930AC, 0x76DC4190, 0x6B6B51F4, 0x4DB26158, 0x5005713C,
+    0xEDB88320, 0xF00F9344, 0xD6D6A3E8, 0xCB61B38C, 0x9B64C2B0, 0x86D3D2D4, 0xA00AE278, 0xBDBDF21C};
 static uint32_t crc32_of(uint32_t crc, const unsigned char *p, size_t n) {
-    static const uint32_t table[16] = {
-        0x00000000, 0x1DB71064, 0x3B6E20C8, 0x26D930AC, 0x76DC4190, 0x6B6B51F4, 0x4DB26158, 0x5005713C,
-        0xEDB88320, 0xF00F9344, 0xD6D6A3E8, 0xCB61B38C, 0x9B64C2B0, 0x86D3D2D4, 0xA00AE278, 0xBDBDF21C};
-
-    crc = ~crc;
-    while (n-- > 0) {
-        crc ^= *p++;
-        crc = crc >> 4 ^ table[crc & 15];
-        crc = crc >> 4 ^ table[crc & 15];
+    for (crc = ~crc; n > 0; n--) {
+        crc ^= *p++; /* its low half goes first */
+        crc = crc >> 4 ^ crc_table[crc & 15];
+        crc = crc >> 4 ^ crc_table[crc & 15];
     }
     return ~crc;
 }
 
-/* IEEE half to float, exactly; every half is a float. */
+/* IEEE half to float, exactly: every half is a float. */
 static float half_to_float(uint32_t half) {
-    const uint32_t sign = (half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 0x3FF;
-    uint32_t bits;
+    const uint32_t exponent = half >> 10 & 31, mantissa = half & 0x3FF, sign = half >> 15 << 31;
+    const uint32_t bits = sign | (exponent < 31 ? exponent + 112 : 255) << 23 | mantissa << 13;
     float value;
 
-    if (exponent == 0) { /* zero or subnormal: mantissa * 2^-24 */
-        value = (float)mantissa * (1.0f / 16777216.0f);
-        return sign ? -value : value;
-    }
-    bits = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | mantissa << 13;
     memcpy(&value, &bits, sizeof value);
-    return value;
+    return exponent > 0 ? value : (float)mantissa * (sign ? -0x1p-24f : 0x1p-24f); /* subnormal */
 }
 
-/* What a file says, checked. Sizes as the head gives them; the tensors' bytes stay where they are. */
-typedef struct ModelFile {
-    Map map;
-    char *path;           /* NULL: memory of the caller's */
-    unsigned char *front; /* copy of everything before the first tensor, where nothing is mapped */
-    size_t L, H, C, D, M, N, V; /* layers, heads, d_model, d_head, d_mlp, n_ctx, d_vocab */
-    uint32_t act_fn, inverse_layer, processing, n_tensors;
-    double eps;
-    size_t tokenizer_at, tokenizer_bytes;
-    Tensor *tensors;
-    int untied; /* there is a lm_head.weight */
-} ModelFile;
-
-static size_t tensors_per_layer(const ModelFile *f) {
-    return f->processing & DID_FOLD ? FOLD_PER_LAYER : RAW_PER_LAYER;
-}
-
-/* Tensor `which` (RAW_... or FOLD_...) of a layer, and the four that are in no layer. */
+/* Tensor `which` (RAW_... or FOLD_...) of a layer. */
 static const Tensor *layer_tensor(const ModelFile *f, size_t layer, size_t which) {
-    return &f->tensors[2 + layer * tensors_per_layer(f) + which];
+    return &f->tensors[2 + layer * f->per_layer + which]; /* 2: wte and wpe */
 }
 
-static const Tensor *tail_tensor(const ModelFile *f, size_t which) {
-    return &f->tensors[2 + f->L * tensors_per_layer(f) + which];
+static const Tensor *tail_tensor(const ModelFile *f, size_t which) { /* 0, 1: ln_f's */
+    return layer_tensor(f, f->L, which);
 }
 
 static const Tensor *unembedding(const ModelFile *f) { /* [V,C]: one row a token */
-    return f->untied ? tail_tensor(f, 2) : &f->tensors[0];
+    return f->untied ? tail_tensor(f, 2) : &f->tensors[0]; /* lm_head or wte */
 }
 
-typedef struct Expected { /* a tensor that has to come next */
-    char name[48];
-    size_t rows, cols; /* cols 0: a vector */
-    int is_matrix;
+/* What tensor number i of a file with these sizes has to be. */
+typedef struct Expected {
+    char name[48];           /* zeros behind it, as in the table */
+    size_t rank, rows, cols; /* of a vector cols is 1 */
+    int panels;              /* is it stored as panels? */
 } Expected;
 
-/* Name and shape of tensor number i of a file with these sizes. */
 static Expected expected_tensor(const ModelFile *f, size_t i) {
-    const size_t C = f->C, M = f->M, N = f->N, V = f->V, per_layer = tensors_per_layer(f);
-    const size_t which = i < 2 ? i : i < 2 + f->L * per_layer ? (i - 2) % per_layer : i - 2 - f->L * per_layer;
-    const struct {
-        const char *name;
-        size_t rows, cols;
-    } head[] = {
-#define X(name, rows, cols) {name, rows, cols},
-        RAW_HEAD(X)
-    }, raw[] = {RAW_LAYER(X)}, folded[] = {FOLDED_LAYER(X)}, tail[] = {
-        RAW_TAIL(X) X("lm_head.weight", V, C)
-#undef X
-    }, *row = i < 2 ? &head[which] : i >= 2 + f->L * per_layer ? &tail[which]
-              : f->processing & DID_FOLD ? &folded[which] : &raw[which];
-    const int in_layer = i >= 2 && i < 2 + f->L * per_layer;
-    Expected e;
+    static const char letters[] = "VNMC3-";
+    const size_t sizes[] = {f->V, f->N, f->M, f->C, 3 * f->C, 1}; /* by their letter */
+    const size_t n = f->per_layer, layer = (i - 2) / n; /* far beyond L for wte and wpe: it wraps */
+    const int inner = layer < f->L, folded = n == FOLD_PER_LAYER;
+    const char *row = i < 2 ? outer_rows[i] : !inner ? outer_rows[i - f->L * n]
+                      : folded ? folded_rows[(i - 2) % n] : raw_rows[(i - 2) % n];
+    Expected x = {"", row[1] == '-' ? 1 : 2, sizes[strchr(letters, row[0]) - letters],
+                  sizes[strchr(letters, row[1]) - letters], inner && folded && row[1] != '-'};
+    const int at = inner ? snprintf(x.name, sizeof x.name, "h.%lu.", (unsigned long)layer) : 0;
 
-    memset(&e, 0, sizeof e);
-    if (in_layer)
-        snprintf(e.name, sizeof e.name, "h.%lu.%s", (unsigned long)((i - 2) / per_layer), row->name);
-    else
-        snprintf(e.name, sizeof e.name, "%s", row->name);
-    e.rows = row->rows;
-    e.cols = row->cols ? row->cols : 1;
-    e.is_matrix = row->cols != 0;
-    return e;
+    snprintf(x.name + at, sizeof x.name - (size_t)at, "%s", row + 3);
+    return x;
 }
 
-/* One field of the head: within 1..ceiling, or the error names byte and value. */
-static patch_status head_field(const unsigned char *head, size_t at, const char *name, size_t least,
-                               size_t most, size_t *out, const char *where, patch_error *e) {
-    *out = get_u32(head + at);
-    if (*out < least || *out > most)
-        return fail(e, PATCH_E_FORMAT, where,
-                    "byte %lu: %s = %lu (want %lu..%lu); convert the checkpoint again",
-                    (unsigned long)at, name, (unsigned long)*out, (unsigned long)least,
-                    (unsigned long)most);
-    return PATCH_OK;
-}
+/* Return from the function with an error at this byte, where the file is not as it has to be: it
+   comes from anywhere, and what the rest of the program relies on is checked here, once. */
+#define CHECK(good, byte, wrong)                                                                   \
+    if (!(good))                                                                                   \
+        return fail(e, PATCH_E_FORMAT, where, "byte %lu: %s; copy or convert the file again",      \
+                    (unsigned long)(byte), wrong)
+#define CONVERT "; convert the checkpoint again"
 
-static patch_status damaged(patch_error *e, const char *where, size_t byte, const char *what) {
-    return fail(e, PATCH_E_FORMAT, where, "byte %lu: %s; copy or convert the file again",
-                (unsigned long)byte, what);
-}
-
-/* The head's 128 bytes into *f. */
-static patch_status read_head(ModelFile *f, const unsigned char *head, const char *where,
+/* The head's 128 bytes into *f. The ceilings are far above any GPT-2, and low enough that no
+   product of two overflows 64 bits. */
+static patch_status read_head(ModelFile *f, const unsigned char *p, const char *where,
                               patch_error *e) {
-    size_t version, act, inverse, n_tensors, i;
-    patch_status s;
-    const struct {
-        size_t at;
-        const char *name;
-        size_t least, most, *out;
-    } fields[] = {
-        {8, "version", 1, 1, &version},      {12, "n_layer", 1, MAX_LAYERS, &f->L},
-        {16, "n_head", 1, MAX_HEADS, &f->H}, {20, "d_model", 1, MAX_MODEL, &f->C},
-        {24, "d_mlp", 1, MAX_MLP, &f->M},    {28, "n_ctx", 1, MAX_CTX, &f->N},
-        {32, "d_vocab", 1, MAX_VOCAB, &f->V}, {36, "activation", 0, 2, &act},
-        {48, "inverse_layer", 0, 1, &inverse}, {52, "tensor count", 1, 8192, &n_tensors},
-    };
+    const uint64_t eps = get_u64(p + 40), at = get_u64(p + 56), length = get_u64(p + 64);
+    size_t version, act, i, end, size = f->map.size;
+    const struct { unsigned long at, least, most; size_t *out; const char *name; } fields[] = {
+        {8, 1, 1, &version, "version"}, {12, 1, 256, &f->L, "n_layer"},
+        {16, 1, MAX_HEADS, &f->H, "n_head"}, {20, 1, 65536, &f->C, "d_model"},
+        {24, 1, 262144, &f->M, "d_mlp"}, {28, 1, 1048576, &f->N, "n_ctx"},
+        {32, 1, 4194304, &f->V, "d_vocab"}, {36, 0, 2, &act, "activation"},
+        {48, 0, 1, &f->inverse_layer, "inverse_layer"}, {52, 1, 8192, &f->n_tensors, "tensor count"}
+    }, *x;
 
-    if (memcmp(head, "ACTPATCH", 8) != 0)
+    if (memcmp(p, "ACTPATCH", 8) != 0)
         return fail(e, PATCH_E_FORMAT, where,
                     "byte 0: not an actpatch model; make one with convert_weights.py");
-    if (get_u32(head + 124) != crc32_of(0, head, 124))
-        return damaged(e, where, 124, "checksum of the head does not match");
-    for (i = 0; i < sizeof fields / sizeof fields[0]; i++)
-        if ((s = head_field(head, fields[i].at, fields[i].name, fields[i].least, fields[i].most,
-                            fields[i].out, where, e)) != PATCH_OK)
-            return s;
-    f->eps = get_f64(head + 40);
+    CHECK(get_u32(p + 124) == crc32_of(0, p, 124), 124, "checksum of the head does not match");
+    for (x = fields; x < fields + sizeof fields / sizeof *fields; x++)
+        if ((*x->out = get_u32(p + x->at)) < x->least || *x->out > x->most)
+            return fail(e, PATCH_E_FORMAT, where, "byte %lu: %s = %lu (want %lu..%lu)" CONVERT,
+                        x->at, x->name, (unsigned long)*x->out, x->least, x->most);
+    memcpy(&f->eps, &eps, sizeof eps);
     f->act_fn = (uint32_t)act;
-    f->inverse_layer = (uint32_t)inverse;
-    f->processing = get_u32(head + 88);
-    if (f->C % f->H != 0)
-        return damaged(e, where, 16, "d_model is not divisible by n_head");
-    if (!(f->eps >= 0 && f->eps <= 1))
-        return damaged(e, where, 40, "epsilon is not within 0..1");
-    if (f->processing != 0 && (f->processing > 63 || !(f->processing & DID_FOLD)))
-        return damaged(e, where, 88, "unknown processing");
-    for (i = 92; i < 124; i++)
-        if (head[i] != 0)
-            return damaged(e, where, i, "reserved byte is not zero");
+    f->processing = get_u32(p + 88);
+    f->per_layer = f->processing ? FOLD_PER_LAYER : RAW_PER_LAYER;
+    f->untied = f->n_tensors - 4 - f->L * f->per_layer; /* 1: lm_head.weight; below 0 it wraps */
     f->D = f->C / f->H;
-    f->n_tensors = (uint32_t)n_tensors;
-    f->untied = n_tensors == 5 + f->L * tensors_per_layer(f);
-    if (!f->untied && n_tensors != 4 + f->L * tensors_per_layer(f))
-        return damaged(e, where, 52, "tensor count does not fit the layers");
-    return PATCH_OK;
-}
-
-/* Bytes that a tensor of this type and shape takes; the ceilings keep the product below 2^63. */
-static uint64_t tensor_bytes(uint32_t type, uint64_t rows, uint64_t cols) {
-    if (type == TYPE_PANELS)
-        cols = (cols + PANEL - 1) / PANEL * PANEL;
-    return rows * cols * (type == TYPE_F16 ? 2 : 4);
-}
-
-/* One row of the table; *end is where the previous tensor ended and becomes this one's end. */
-static patch_status read_row(ModelFile *f, size_t i, const unsigned char *row, uint64_t *end,
-                             const char *where, patch_error *e) {
-    const Expected want = expected_tensor(f, i);
-    const size_t at = HEAD_BYTES + i * TABLE_ROW;
-    const uint32_t type = get_u32(row + 48), rank = get_u32(row + 52);
-    const uint64_t offset = get_u64(row + 64), due = (*end + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    const int panels = want.is_matrix && (f->processing & DID_FOLD) && i >= 2 &&
-                       i < 2 + f->L * FOLD_PER_LAYER;
-    Tensor *t = &f->tensors[i];
-
-    if (memcmp(row, want.name, 48) != 0)
-        return fail(e, PATCH_E_FORMAT, where, "byte %lu: not the tensor %s; convert the checkpoint again",
-                    (unsigned long)at, want.name);
-    if (panels ? type != TYPE_PANELS : type > (want.is_matrix ? TYPE_F16 : TYPE_F32))
-        return damaged(e, where, at + 48, "tensor type does not fit");
-    if (rank != (want.is_matrix ? 2u : 1u) || get_u32(row + 56) != want.rows ||
-        get_u32(row + 60) != want.cols)
-        return damaged(e, where, at + 52, "tensor shape does not fit the head");
-    if (offset != due || get_u32(row + 76) != 0)
-        return damaged(e, where, at + 64, "tensor does not begin where the one before it ends");
-    t->type = type;
-    t->rank = rank;
-    t->rows = (uint32_t)want.rows;
-    t->cols = (uint32_t)want.cols;
-    t->crc = get_u32(row + 72);
-    *end = offset + tensor_bytes(type, want.rows, want.cols);
-    if (*end > f->map.size)
-        return damaged(e, where, at + 64, "tensor reaches beyond the end of the file");
-    t->offset = (size_t)offset;
-    t->bytes = (size_t)(*end - offset);
-    return PATCH_OK;
-}
-
-/* The bytes before the first tensor: in the map, or read into f->front. */
-static const unsigned char *front_bytes(ModelFile *f, size_t n, const patch_allocator *a) {
-    if (f->map.bytes != NULL)
-        return f->map.bytes;
-    give(a, f->front);
-    f->front = take(a, n, 1);
-    return f->front != NULL && map_read(f->path, 0, n, f->front) ? f->front : NULL;
-}
-
-/* Everything but the tensors, of a file whose map is set. *front are its checked first bytes. */
-static patch_status read_front(ModelFile *f, const unsigned char **front, const char *where,
-                               const patch_allocator *a, patch_error *e) {
-    const unsigned char *p;
-    uint64_t end, tokenizer, length;
-    size_t i, table;
-    patch_status s;
-
-    if (f->map.size < HEAD_BYTES)
-        return damaged(e, where, f->map.size, "too short for a model");
-    if ((p = front_bytes(f, HEAD_BYTES, a)) == NULL)
-        return fail(e, PATCH_E_IO, where, "cannot be read; check the file");
-    if ((s = read_head(f, p, where, e)) != PATCH_OK)
-        return s;
-    table = (size_t)f->n_tensors * TABLE_ROW;
-    tokenizer = get_u64(p + 56);
-    length = get_u64(p + 64);
-    if (get_u64(p + 72) != f->map.size)
-        return damaged(e, where, 72, "the file has another length than its head says");
-    end = (HEAD_BYTES + table + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    if (length != 0 ? tokenizer != end : tokenizer != 0)
-        return damaged(e, where, 56, "tokenizer does not follow the table");
-    if (end > f->map.size || length > f->map.size - end)
-        return damaged(e, where, 64, "tokenizer reaches beyond the end of the file");
-    f->tokenizer_at = (size_t)end;
+    end = (HEAD_BYTES + f->n_tensors * TABLE_ROW + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    f->tokenizer_at = end;
     f->tokenizer_bytes = (size_t)length;
-    end += length;
-    if ((p = front_bytes(f, (size_t)end, a)) == NULL)
-        return fail(e, PATCH_E_IO, where, "cannot be read; check the file");
-    if (crc32_of(0, p + HEAD_BYTES, table) != get_u32(p + 80))
-        return damaged(e, where, HEAD_BYTES, "checksum of the table does not match");
-    if (crc32_of(0, p + f->tokenizer_at, f->tokenizer_bytes) != get_u32(p + 84))
-        return damaged(e, where, f->tokenizer_at, "checksum of the tokenizer does not match");
-    if ((f->tensors = take(a, f->n_tensors, sizeof *f->tensors)) == NULL)
-        return no_memory(e, where, table);
-    memset(f->tensors, 0, f->n_tensors * sizeof *f->tensors);
-    for (i = 0; i < f->n_tensors; i++)
-        if ((s = read_row(f, i, p + HEAD_BYTES + i * TABLE_ROW, &end, where, e)) != PATCH_OK)
-            return s;
-    if (end != f->map.size)
-        return damaged(e, where, (size_t)end, "bytes follow the last tensor");
-    *front = p;
+    CHECK(f->C % f->H == 0, 16, "d_model is not divisible by n_head");
+    CHECK(f->eps >= 0 && f->eps <= 1, 40, "epsilon is not within 0..1"); /* nor is NaN */
+    CHECK(f->processing == 0 || f->processing / DID_FOLD == 1, 88, "unknown processing");
+    for (i = 92; i < 124; i++)
+        CHECK(p[i] == 0, i, "reserved byte is not zero");
+    CHECK(f->untied <= 1, 52, "tensor count does not fit the layers");
+    CHECK(get_u64(p + 72) == size, 72, "the file has another length than its head says");
+    CHECK(at == (length ? end : 0), 56, "tokenizer does not follow the table");
+    CHECK(end <= size && length <= size - end, 64, "tokenizer reaches beyond the end of the file");
     return PATCH_OK;
 }
 
-/* Rows first .. first + n - 1 of a tensor as the file stores them, until weights_done; NULL where they
-   cannot be read or there is no memory for them. Mapped files need no copy. */
+/* Rows first .. first + n - 1 of a tensor as the file stores them, until weights_done; NULL where
+   they cannot be read or there is no memory for them. Mapped files need no copy. */
 static const unsigned char *weights(const ModelFile *f, const Tensor *t, size_t first, size_t n,
                                     const patch_allocator *a) {
     const size_t row = t->bytes / t->rows, offset = t->offset + first * row;
-    unsigned char *copy;
-
-    if (f->map.bytes != NULL)
-        return f->map.bytes + offset;
-    copy = take(a, n, row);
-    if (copy != NULL && !map_read(f->path, offset, n * row, copy)) {
-        give(a, copy);
-        return NULL;
-    }
-    return copy;
+    unsigned char *copy = f->map.bytes != NULL ? NULL : take(a, n, row);
+    if (copy == NULL || map_read(f->path, offset, n * row, copy))
+        return f->map.bytes != NULL ? f->map.bytes + offset : copy;
+    give(a, copy);
+    return NULL;
 }
 
 /* The same bytes are not needed for now: pages go back to the system, a copy to the allocator. */
 static void weights_done(const ModelFile *f, const Tensor *t, size_t n, const unsigned char *bytes,
                          const patch_allocator *a) {
-    if (bytes == NULL)
-        return;
-    if (f->map.bytes != NULL)
-        map_release(&f->map, bytes, n * (t->bytes / t->rows));
-    else
+    if (f->map.bytes == NULL)
         give(a, (void *)(uintptr_t)bytes);
+    else if (bytes != NULL)
+        map_release(&f->map, bytes, n * (t->bytes / t->rows));
+}
+
+/* Everything but the tensors, of a file whose map is set. *front are its checked first bytes, which
+   are read as if they were a tensor: the head alone, then all of them. */
+static patch_status read_front(ModelFile *f, const unsigned char **front, const char *where,
+                               const patch_allocator *a, patch_error *e) {
+    Tensor all = {TYPE_F32, 1, 1, 1, 0, 0, HEAD_BYTES};
+    size_t at = HEAD_BYTES, i, n;
+    const unsigned char *p;
+    patch_status s;
+    uint64_t end;
+
+    CHECK(f->map.size >= HEAD_BYTES, f->map.size, "too short for a model");
+    if ((p = weights(f, &all, 0, 1, a)) == NULL)
+        return fail(e, PATCH_E_IO, where, "cannot be read; check the file");
+    s = read_head(f, p, where, e);
+    weights_done(f, &all, 1, p, a); /* a copy of it is in the copy of all */
+    if (s != PATCH_OK)
+        return s;
+    end = all.bytes = f->tokenizer_at + f->tokenizer_bytes;
+    if ((*front = f->front = p = weights(f, &all, 0, 1, a)) == NULL)
+        return fail(e, PATCH_E_IO, where, "cannot be read; check the file");
+    n = f->n_tensors * TABLE_ROW;
+    CHECK(crc32_of(0, p + at, n) == get_u32(p + 80), at, "checksum of the table does not match");
+    CHECK(crc32_of(0, p + f->tokenizer_at, f->tokenizer_bytes) == get_u32(p + 84), f->tokenizer_at,
+          "checksum of the tokenizer does not match");
+    if ((f->tensors = take_zeroed(a, f->n_tensors, sizeof *f->tensors)) == NULL)
+        return no_memory(e, where, n);
+    for (i = 0; i < f->n_tensors; i++, at += TABLE_ROW) {
+        const Expected x = expected_tensor(f, i);
+        const unsigned char *row = p + at;
+        const uint32_t type = get_u32(row + 48);
+        const uint64_t cols = x.panels ? (x.cols + PANEL - 1) / PANEL * PANEL : x.cols; /* stored */
+        const uint64_t bytes = x.rows * cols * (type == TYPE_F16 ? 2 : 4);
+        const uint64_t offset = (end + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; /* as it has to be */
+
+        if (memcmp(row, x.name, sizeof x.name) != 0)
+            return fail(e, PATCH_E_FORMAT, where, "byte %lu: not the tensor %s" CONVERT,
+                        (unsigned long)at, x.name);
+        CHECK(x.panels ? type == TYPE_PANELS : type < x.rank, at + 48, "tensor type does not fit");
+        CHECK(get_u32(row + 52) == x.rank && get_u32(row + 56) == x.rows &&
+              get_u32(row + 60) == x.cols, at + 52, "tensor shape does not fit the head");
+        CHECK(get_u64(row + 64) == offset && get_u32(row + 76) == 0, at + 64,
+              "tensor does not begin where the one before it ends");
+        end = offset + bytes;
+        CHECK(end <= f->map.size, at + 64, "tensor reaches beyond the end of the file");
+        f->tensors[i] = (Tensor){type, (uint32_t)x.rank, (uint32_t)x.rows, (uint32_t)x.cols,
+                                 get_u32(row + 72), (size_t)offset, (size_t)bytes};
+    }
+    CHECK(end == f->map.size, end, "bytes follow the last tensor");
+    return PATCH_OK;
 }
 
 static int big_endian(void) {
     const uint16_t one = 1;
-    unsigned char first;
-
-    memcpy(&first, &one, 1);
-    return first == 0;
+    return *(const unsigned char *)&one == 0;
 }
 
 /* n elements from element `at` of a stored row or vector. */
-ALWAYS_INLINE void load_floats(uint32_t type, const unsigned char *p, size_t at, size_t n, float *out) {
+ALWAYS_INLINE void load_floats(uint32_t type, const unsigned char *p, size_t at, size_t n,
+                               float *out) {
     size_t i;
-
-    if (type == TYPE_F16) {
-        for (i = 0; i < n; i++)
-            out[i] = half_to_float((uint32_t)p[2 * (at + i)] | (uint32_t)p[2 * (at + i) + 1] << 8);
-        return;
-    }
-    memcpy(out, p + 4 * at, 4 * n);
-    if (big_endian())
-        for (i = 0; i < n; i++) {
-            const uint32_t bits = get_u32(p + 4 * (at + i));
-
-            memcpy(&out[i], &bits, 4);
-        }
+    if (type == TYPE_F16)
+        for (p += 2 * at, i = 0; i < n; i++)
+            out[i] = half_to_float((uint32_t)p[2 * i] | (uint32_t)p[2 * i + 1] << 8);
+    else
+        memcpy(out, p + 4 * at, 4 * n);
+    for (i = 0; type != TYPE_F16 && big_endian() && i < n; i++)
+        memcpy(&out[i], &(uint32_t){get_u32(p + 4 * (at + i))}, 4);
 }
 
 /* One row of a matrix, or a whole vector (row 0), as floats; 0 where it cannot be read. */
 static int weights_row(const ModelFile *f, const Tensor *t, size_t row, float *out,
                        const patch_allocator *a) {
-    const int vector = t->rank == 1;
-    const size_t n = vector ? t->rows : 1;
-    const unsigned char *p = weights(f, t, vector ? 0 : row, n, a);
-
-    if (p == NULL)
-        return 0;
-    load_floats(t->type, p, 0, vector ? t->rows : t->cols, out);
-    if (f->map.bytes == NULL)
-        weights_done(f, t, n, p, a);
-    return 1;
+    const size_t n_rows = t->rank == 1 ? t->rows : 1, n = t->rank == 1 ? t->rows : t->cols;
+    const unsigned char *p = weights(f, t, t->rank == 1 ? 0 : row, n_rows, a);
+    if (p != NULL)
+        load_floats(t->type, p, 0, n, out);
+    if (f->map.bytes == NULL) /* a copy goes; mapped pages stay, for the next row */
+        weights_done(f, t, n_rows, p, a);
+    return p != NULL;
 }
 
 static void model_file_free(ModelFile *f, const patch_allocator *a) {
+    give(a, f->map.bytes == NULL ? (void *)(uintptr_t)f->front : NULL);
     map_close(&f->map);
     give(a, f->path);
-    give(a, f->front);
     give(a, f->tensors);
     memset(f, 0, sizeof *f);
 }
@@ -809,10 +683,9 @@ static void model_file_free(ModelFile *f, const patch_allocator *a) {
           's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
       where (?!\S) leaves the last of several spaces to the word behind it: "a  b" is |a| | b|. The
       classes are appendix A's; a byte outside of valid UTF-8 is neither letter, number nor space.
-   3. A word begins as one token for each of its bytes. Of all neighbours that have a merge, the
-      pair of the lowest rank is joined, the leftmost of equal ones, until no neighbours have one.
-      That is not the longest match: " activations" is | activ|ations|, although " activation" is a
-      token. */
+   3. A word begins as one token a byte. Of all neighbours that have a merge, the pair of the lowest
+      rank is joined, the leftmost of equals, until none have one. That is not the longest match:
+      " activations" is | activ|ations|, although " activation" is a token. */
 
 #define EOT_TEXT "<|endoftext|>"
 #define EOT_BYTES (sizeof EOT_TEXT - 1)
@@ -835,126 +708,99 @@ typedef struct Tokenizer {
     uint32_t slot_mask;     /* of the slots, a power of two, at most half are taken */
 } Tokenizer;
 
-/* A token's bytes and their number; NULL and 0 where the id has none. */
-static const unsigned char *token_bytes(const Tokenizer *t, uint32_t id, size_t *n) {
-    const unsigned char *p = id < t->n_tokens ? t->section + t->starts[id] : NULL;
-
+/* A token's bytes and their number; NULL and 0 where the id, which may be any, has none. */
+static const char *tokenizer_token(const Tokenizer *t, int64_t id, size_t *n) {
+    const unsigned char *p = id >= 0 && id < t->n_tokens ? t->section + t->starts[id] : NULL;
     *n = p != NULL ? (size_t)p[0] | (size_t)p[1] << 8 : 0;
-    return *n > 0 ? p + 2 : NULL;
-}
-
-/* The same for ids from outside, which may be negative, and as text. */
-static const char *tokenizer_token(const Tokenizer *t, int id, size_t *n) {
-    return (const char *)token_bytes(t, id < 0 ? NO_TOKEN : (uint32_t)id, n);
+    return *n > 0 ? (const char *)p + 2 : NULL;
 }
 
 /* The slot that holds the rank of a pair of ids, or else the free one where it belongs: the first
    of either kind from the pair's hash on. NULL after MAX_PROBES slots with other pairs. All of
-   GPT-2's pairs lie within 14; the bound is there for files made so that all pairs hash alike,
-   which without it would take time in the square of their merges. */
+   GPT-2's lie within 14; the bound is there for files made so that all pairs hash alike, which
+   without it would take time in the square of their merges. */
 static uint32_t *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
     const uint64_t odd = 0x9E3779B97F4A7C15u; /* 2^64 / the golden ratio */
-    uint64_t hash = ((uint64_t)left << 32 | right) * odd;
-    size_t probe;
+    uint64_t hash = ((uint64_t)left << 32 | right) * odd, end;
 
     hash = (hash ^ hash >> 32) * odd >> 32; /* the high bits depend on all of the pair */
-    for (probe = 0; probe < MAX_PROBES; probe++) {
-        uint32_t *slot = &t->slots[(hash + probe) & t->slot_mask];
-        const unsigned char *merge;
-
-        if (*slot == NO_TOKEN)
-            return slot;
-        merge = t->merges + (size_t)*slot * MERGE_RECORD;
-        if (get_u32(merge) == left && get_u32(merge + 4) == right)
+    for (end = hash + MAX_PROBES; hash < end; hash++) {
+        uint32_t *slot = &t->slots[hash & t->slot_mask];
+        const unsigned char *p = t->merges + (*slot == NO_TOKEN ? 0 : (size_t)*slot * MERGE_RECORD);
+        if (*slot == NO_TOKEN || (get_u32(p) == left && get_u32(p + 4) == right))
             return slot;
     }
     return NULL;
 }
 
-/* ---- reading a section ---------------------------------------------------------------------- */
+/* As CHECK in chapter 3, at a byte of the section; the text is about a number, its %lu. */
+#define CHECK_VOCAB(good, byte, text, number)                                                      \
+    if (!(good))                                                                                   \
+        return fail(e, PATCH_E_FORMAT, where, "tokenizer byte %lu: " text CONVERT,                 \
+                    (unsigned long)(byte), (unsigned long)(number))
 
-/* The error "WHAT number VERDICT" at a byte of the section. A file comes from anywhere: what the
-   rest of the chapter relies on is checked here, once, so that no text can lead outside of the
-   tables. */
-static patch_status bad_section(patch_error *e, const char *where, size_t byte, const char *what,
-                                size_t number, const char *verdict) {
-    return fail(e, PATCH_E_FORMAT, where,
-                "tokenizer byte %lu: %s %lu %s; convert the checkpoint again", (unsigned long)byte,
-                what, (unsigned long)number, verdict);
-}
+/* tokenizer_read's work on a zeroed *t. After it no text can lead outside of the tables. */
+static patch_status read_section(Tokenizer *t, const unsigned char *p, size_t n, size_t d_vocab,
+                                 const char *where, const patch_allocator *a, patch_error *e) {
+    size_t at = SECTION_HEAD, n_slots = 1, length = 0, n_left, n_right;
+    const char *token = NULL;
+    uint32_t id;
 
-/* Find where each token begins, and *end, where the last one ends. Every byte must be a token, or
-   some texts would have no ids; only once, or it would be open which id it gets. */
-static patch_status read_tokens(Tokenizer *t, size_t n, size_t *end, const char *where,
-                                patch_error *e) {
-    size_t at = SECTION_HEAD, length = 0;
-    const unsigned char *p = NULL;
-    uint32_t id, byte;
+    CHECK_VOCAB(n >= SECTION_HEAD && n < NO_TOKEN, 0, "a length of %lu cannot be", n);
+    t->section = p;
+    t->n_tokens = get_u32(p);
+    t->n_merges = get_u32(p + 4);
+    t->eot = get_u32(p + 8);
+    CHECK_VOCAB(t->n_tokens <= d_vocab, 0, "token count %lu is above d_vocab", t->n_tokens);
+    CHECK_VOCAB(get_u32(p + 12) == 0, 12, "reserved word %lu is not zero", get_u32(p + 12));
 
+    /* Where each token begins. Every byte must be one, or some texts would have no ids; only once,
+       or it would be open which id it gets. */
+    if ((t->starts = take(a, t->n_tokens, sizeof *t->starts)) == NULL)
+        return no_memory(e, where, t->n_tokens * sizeof *t->starts);
     memset(t->byte_ids, 0xFF, sizeof t->byte_ids); /* NO_TOKEN */
     for (id = 0; id < t->n_tokens; id++, at += 2 + length) {
         t->starts[id] = (uint32_t)at;
         if (n - at >= 2) /* else there is not even a length */
-            p = token_bytes(t, id, &length);
-        if (n - at < 2 + length)
-            return bad_section(e, where, at, "token", id, "runs past the section's end");
-        if (length == 1 && t->byte_ids[*p] != NO_TOKEN)
-            return bad_section(e, where, at, "token", id, "repeats a single byte");
-        if (length == 1)
-            t->byte_ids[*p] = id;
+            token = tokenizer_token(t, id, &length);
+        CHECK_VOCAB(n - at >= 2 + length, at, "token %lu runs past the section's end", id);
+        if (length == 1) {
+            uint32_t *own = &t->byte_ids[(unsigned char)*token];
+            CHECK_VOCAB(*own == NO_TOKEN, at, "token %lu repeats a single byte", id);
+            *own = id;
+        }
     }
-    for (byte = 0; byte < 256; byte++)
-        if (t->byte_ids[byte] == NO_TOKEN)
-            return bad_section(e, where, SECTION_HEAD, "byte value", byte,
-                               "has no token of its own");
-    p = token_bytes(t, t->eot, &length);
-    if (t->eot != NO_TOKEN && (length != EOT_BYTES || memcmp(p, EOT_TEXT, EOT_BYTES) != 0))
-        return bad_section(e, where, 8, "token", t->eot, "is not " EOT_TEXT);
-    *end = at;
-    return PATCH_OK;
-}
+    for (id = 0; id < 256; id++)
+        CHECK_VOCAB(t->byte_ids[id] != NO_TOKEN, 16, "byte value %lu has no token of its own", id);
+    token = tokenizer_token(t, t->eot, &length);
+    CHECK_VOCAB(t->eot == NO_TOKEN || (length == EOT_BYTES && !memcmp(token, EOT_TEXT, length)), 8,
+                "token %lu is not " EOT_TEXT, t->eot);
 
-/* Is a merge's third token the first two in a row? No where one of the three does not exist. It
-   is what makes tokens decode to the text they came from. */
-static int merge_joins(const Tokenizer *t, const unsigned char *merge) {
-    size_t n_left, n_right, n;
-    const unsigned char *left = token_bytes(t, get_u32(merge), &n_left);
-    const unsigned char *right = token_bytes(t, get_u32(merge + 4), &n_right);
-    const unsigned char *joined = token_bytes(t, get_u32(merge + 8), &n);
-
-    return left != NULL && right != NULL && joined != NULL && n == n_left + n_right &&
-           memcmp(joined, left, n_left) == 0 && memcmp(joined + n_left, right, n_right) == 0;
-}
-
-/* Filler and merges, which must fill the section from byte `at` on, and the hash table of them. */
-static patch_status read_merges(Tokenizer *t, size_t n, size_t at, const char *where,
-                                const patch_allocator *a, patch_error *e) {
-    size_t n_slots = 1;
-    uint32_t rank;
-
+    /* The merges, which must fill the rest, and the hash table of their pairs. The third token must
+       be the first two in a row: it is what makes tokens decode to the text they came from. */
     for (; at % 4 != 0 && at < n; at++)
-        if (t->section[at] != 0)
-            return bad_section(e, where, at, "filler", t->section[at], "is not zero");
-    if (at % 4 != 0 || (uint64_t)t->n_merges * MERGE_RECORD != n - at)
-        return bad_section(e, where, 4, "merge count", t->n_merges, "does not fit");
-    t->merges = t->section + at;
+        CHECK_VOCAB(p[at] == 0, at, "filler %lu is not zero", p[at]);
+    CHECK_VOCAB(at % 4 == 0 && (uint64_t)t->n_merges * MERGE_RECORD == n - at, 4,
+                "merge count %lu does not fit", t->n_merges);
     while (n_slots / 2 < t->n_merges) /* 2^30 at most: the section is below 2^32 */
         n_slots *= 2;
-    t->slot_mask = (uint32_t)(n_slots - 1);
     if ((t->slots = take(a, n_slots, sizeof *t->slots)) == NULL)
         return no_memory(e, where, n_slots * sizeof *t->slots);
     memset(t->slots, 0xFF, n_slots * sizeof *t->slots); /* NO_TOKEN */
-    for (rank = 0; rank < t->n_merges; rank++, at += MERGE_RECORD) {
-        const unsigned char *merge = t->section + at;
-        uint32_t *slot = merge_slot(t, get_u32(merge), get_u32(merge + 4));
+    t->slot_mask = (uint32_t)(n_slots - 1);
+    t->merges = p + at;
+    for (id = 0; id < t->n_merges; id++, at += MERGE_RECORD) {
+        const char *left = tokenizer_token(t, get_u32(p + at), &n_left);
+        const char *right = tokenizer_token(t, get_u32(p + at + 4), &n_right);
+        uint32_t *slot = merge_slot(t, get_u32(p + at), get_u32(p + at + 4));
 
-        if (!merge_joins(t, merge))
-            return bad_section(e, where, at, "merge", rank, "does not yield its pair joined");
-        if (slot == NULL)
-            return bad_section(e, where, at, "merge", rank, "hashes like too many others");
-        if (*slot != NO_TOKEN)
-            return bad_section(e, where, at, "merge", rank, "has the pair of an earlier one");
-        *slot = rank;
+        token = tokenizer_token(t, get_u32(p + at + 8), &length);
+        CHECK_VOCAB(left && right && length == n_left + n_right && !memcmp(token, left, n_left) &&
+                    !memcmp(token + n_left, right, n_right), at,
+                    "merge %lu does not yield its pair joined", id);
+        CHECK_VOCAB(slot != NULL, at, "merge %lu hashes like too many others", id);
+        CHECK_VOCAB(*slot == NO_TOKEN, at, "merge %lu has the pair of an earlier one", id);
+        *slot = id;
     }
     return PATCH_OK;
 }
@@ -972,33 +818,16 @@ static patch_status tokenizer_read(Tokenizer *t, const unsigned char *section, s
                                    size_t d_vocab, const char *where, const patch_allocator *a,
                                    patch_error *e) {
     patch_status s;
-    size_t end = 0;
-
     memset(t, 0, sizeof *t);
-    if (n < SECTION_HEAD || n >= NO_TOKEN) /* positions are u32 */
-        return bad_section(e, where, 0, "a length of", n, "cannot be");
-    if (get_u32(section) > d_vocab)
-        return bad_section(e, where, 0, "token count", get_u32(section), "is above d_vocab");
-    if (get_u32(section + 12) != 0)
-        return bad_section(e, where, 12, "reserved word", get_u32(section + 12), "is not zero");
-    t->section = section;
-    t->n_tokens = get_u32(section);
-    t->n_merges = get_u32(section + 4);
-    t->eot = get_u32(section + 8);
-    if ((t->starts = take(a, t->n_tokens, sizeof *t->starts)) == NULL)
-        s = no_memory(e, where, t->n_tokens * sizeof *t->starts);
-    else if ((s = read_tokens(t, n, &end, where, e)) == PATCH_OK)
-        s = read_merges(t, n, end, where, a, e);
-    if (s != PATCH_OK)
+    if ((s = read_section(t, section, n, d_vocab, where, a, e)) != PATCH_OK)
         tokenizer_free(t, a);
     return s;
 }
 
 /* ---- cutting a text into words -------------------------------------------------------------- */
 
-/* The code point at s, of whose n >= 1 bytes it takes *length. What UTF-8 does not allow
-   (overlong forms, surrogates, more than U+10FFFF, stray and missing bytes) is UTF8_INVALID and
-   takes 1. */
+/* The code point at s, of whose n >= 1 bytes it takes *length. What UTF-8 does not allow (overlong
+   forms, surrogates, more than U+10FFFF, stray and missing bytes) is UTF8_INVALID and takes 1. */
 static uint32_t utf8_next(const unsigned char *s, size_t n, size_t *length) {
     static const uint32_t least[4] = {0, 0x80, 0x800, 0x10000}; /* by number of further bytes */
     const uint32_t lead = s[0];
@@ -1006,85 +835,56 @@ static uint32_t utf8_next(const unsigned char *s, size_t n, size_t *length) {
     uint32_t code = more == 0 ? lead : lead & 0x3Fu >> more;
     size_t i;
 
-    *length = 1;
-    if ((lead >= 0x80 && lead < 0xC0) || lead >= 0xF8 || more >= n)
-        return UTF8_INVALID;
-    for (i = 1; i <= more; i++) {
-        if ((s[i] & 0xC0) != 0x80)
-            return UTF8_INVALID;
+    for (i = 1; i <= more && i < n && (s[i] & 0xC0) == 0x80; i++)
         code = code << 6 | (s[i] & 0x3Fu);
-    }
-    if (code < least[more] || code > 0x10FFFF || (code >= 0xD800 && code < 0xE000))
+    *length = 1;
+    if ((lead >= 0x80 && lead < 0xC0) || lead >= 0xF8 || i <= more || code < least[more] ||
+        code > 0x10FFFF || (code >= 0xD800 && code < 0xE000))
         return UTF8_INVALID;
     *length = more + 1;
     return code;
 }
 
-/* The bytes of the longest run of one class at s, 0: none; its last character begins at *last. A
-   byte outside of UTF-8 is CLASS_OTHER, for that is what appendix A makes of UTF8_INVALID. */
-static size_t class_run(const unsigned char *s, size_t n, int kind, size_t *last) {
-    size_t at = 0, length;
-
-    *last = 0;
-    while (at < n && unicode_class(utf8_next(s + at, n - at, &length)) == kind) {
-        *last = at;
-        at += length;
-    }
-    return at;
-}
-
-/* The bytes of the word at s, where a part of a text has n >= 1 more: the expression above. Only
-   of a run of spaces a character is given back, so that cutting a text takes linear time. */
+/* The bytes of the word at s, where a part of a text has n >= 1 more: the expression above. Only of
+   a run of spaces a character is given back, so that cutting a text takes linear time. Appendix A
+   makes CLASS_OTHER of UTF8_INVALID. */
 static size_t word_length(const unsigned char *s, size_t n) {
-    size_t length, last, space;
+    size_t at, length, last = 0, space;
     int kind;
 
     if (n >= 2 && s[0] == '\'' && memchr("stmd", s[1], 4) != NULL)
         return 2;
-    if (n >= 3 && s[0] == '\'' && ((s[1] == 'r' && s[2] == 'e') || (s[1] == 'v' && s[2] == 'e') ||
-                                   (s[1] == 'l' && s[2] == 'l')))
+    if (n >= 3 && s[0] == '\'' &&
+        (!memcmp(s + 1, "re", 2) || !memcmp(s + 1, "ve", 2) || !memcmp(s + 1, "ll", 2)))
         return 3;
     space = s[0] == ' ' && n >= 2; /* " ?" takes U+0020 and no other space */
     kind = unicode_class(utf8_next(s + space, n - space, &length));
     if (kind == CLASS_SPACE) /* it is not followed by a word: one more of a run of spaces */
         space = 0;
-    length = space + class_run(s + space, n - space, kind, &last);
-    return kind == CLASS_SPACE && length < n && last > 0 ? last : length; /* \s+(?!\S) */
+    for (at = space; at < n; last = at, at += length)
+        if (unicode_class(utf8_next(s + at, n - at, &length)) != kind)
+            return kind == CLASS_SPACE && last > 0 ? last : at; /* \s+(?!\S) */
+    return n;
 }
 
 /* A walk over the words of a text. It remembers the end of the part it is in, so that the text is
    searched for <|endoftext|> only once: a million times "<" must not take a million searches. */
 typedef struct Walk {
     const unsigned char *text;
-    size_t n, at;
-    size_t part_end; /* where the next <|endoftext|> begins, n: nowhere */
+    size_t n, at, part_end; /* part_end: where the next <|endoftext|> begins, n: nowhere */
 } Walk;
 
 /* Set part_end; w->at is where a part begins. */
 static void walk_find_part(const Tokenizer *t, Walk *w) {
-    size_t at = w->at;
-
-    w->part_end = w->n;
-    while (t->eot != NO_TOKEN && w->n - at >= EOT_BYTES) {
-        const unsigned char *found = memchr(w->text + at, '<', w->n - at - EOT_BYTES + 1);
-
-        if (found == NULL)
+    for (w->part_end = w->at; w->part_end < w->n; w->part_end++)
+        if (t->eot != NO_TOKEN && w->n - w->part_end >= EOT_BYTES &&
+            memcmp(w->text + w->part_end, EOT_TEXT, EOT_BYTES) == 0)
             return;
-        at = (size_t)(found - w->text);
-        if (memcmp(found, EOT_TEXT, EOT_BYTES) == 0) {
-            w->part_end = at;
-            return;
-        }
-        at++;
-    }
 }
 
 /* A walk before its first step. Without bytes, text may be NULL. */
 static Walk walk_begin(const Tokenizer *t, const char *text, size_t n) {
-    Walk w = {NULL, 0, 0, 0};
-
-    w.text = (const unsigned char *)text;
-    w.n = n;
+    Walk w = {(const unsigned char *)text, n, 0, 0};
     walk_find_part(t, &w);
     return w;
 }
@@ -1095,144 +895,108 @@ static int walk_next(const Tokenizer *t, Walk *w, size_t *from, int *is_eot) {
         return 0;
     *from = w->at;
     *is_eot = w->at == w->part_end;
-    if (*is_eot) {
-        w->at += EOT_BYTES;
+    w->at += *is_eot ? EOT_BYTES : word_length(w->text + w->at, w->part_end - w->at);
+    if (*is_eot)
         walk_find_part(t, w);
-    } else {
-        w->at += word_length(w->text + w->at, w->part_end - w->at);
-    }
     return 1;
 }
 
 /* ---- merging -------------------------------------------------------------------------------- */
 
 /* What it takes to merge words of up to n bytes, 28 n bytes in one piece. A token stands where its
-   first byte stands in the word; next and previous chain the tokens. The queue holds the pairs that
-   have a merge, as rank << 32 | position of the left token: the least number is the next merge. It
-   is a binary heap with room for 2 n entries, which suffices: at first there are n - 1 pairs, and
-   each of at most n - 1 merges takes one entry out and puts at most two in. */
+   first byte stands in the word; next and previous chain the tokens. In tree, place n + i is for
+   the merge of token i with the one behind it: rank << 32 | i, all ones where there is none. Place
+   k below n holds the lesser of places 2 k and 2 k + 1: place 1 is the merge to be done next. */
 typedef struct Merger {
-    uint64_t *queue;           /* [2 n] */
-    uint32_t *ids;             /* [n], NO_TOKEN where the token was joined to the one on its left */
-    uint32_t *previous, *next; /* [n], NO_TOKEN at the ends */
-    size_t n_queue;
-    int *out; /* [capacity]: all ids so far, the caller's; beyond capacity they are only counted */
-    size_t n_out, capacity;
+    uint64_t *tree;                  /* [2 n] */
+    uint32_t *ids, *previous, *next; /* [n], of previous and next NO_TOKEN at the ends */
+    int *out;                        /* [capacity]: the caller's, for all ids */
+    size_t n_out, capacity;          /* beyond capacity they are only counted */
 } Merger;
 
-enum { MERGER_BYTES = 2 * sizeof(uint64_t) + 3 * sizeof(uint32_t) }; /* times n */
+/* Enter token `at` of a word of n bytes into the tree, with the one behind it, if there is one. */
+static void set_pair(const Tokenizer *t, Merger *m, size_t n, uint32_t at) {
+    const uint32_t behind = m->next[at];
+    const uint32_t *slot = behind == NO_TOKEN ? NULL : merge_slot(t, m->ids[at], m->ids[behind]);
+    uint64_t least = slot == NULL || *slot == NO_TOKEN ? UINT64_MAX : (uint64_t)*slot << 32 | at;
+    size_t k;
 
-/* Queue the token at position `at` and the one behind it, which must exist, if a merge fits. */
-static void queue_pair(const Tokenizer *t, Merger *m, uint32_t at) {
-    const uint32_t *slot = merge_slot(t, m->ids[at], m->ids[m->next[at]]);
-    size_t hole; /* where the entry may go, on its way from the last leaf to the root */
-    uint64_t entry;
-
-    if (slot == NULL || *slot == NO_TOKEN)
-        return;
-    entry = (uint64_t)*slot << 32 | at;
-    for (hole = m->n_queue++; hole > 0 && m->queue[(hole - 1) / 2] > entry; hole = (hole - 1) / 2)
-        m->queue[hole] = m->queue[(hole - 1) / 2];
-    m->queue[hole] = entry;
-}
-
-/* Remove and return the least entry of a queue that is not empty. The last one takes its place,
-   from the root down past all that are less. */
-static uint64_t queue_take(Merger *m) {
-    const uint64_t least = m->queue[0], entry = m->queue[--m->n_queue];
-    size_t hole = 0, child;
-
-    while ((child = 2 * hole + 1) < m->n_queue) {
-        if (child + 1 < m->n_queue && m->queue[child + 1] < m->queue[child])
-            child++;
-        if (m->queue[child] >= entry)
-            break;
-        m->queue[hole] = m->queue[child];
-        hole = child;
+    for (k = n + at; k > 0 && m->tree[k] != least; k /= 2) {
+        m->tree[k] = least;
+        least = least < m->tree[k ^ 1] ? least : m->tree[k ^ 1]; /* tree[0] is all ones */
     }
-    m->queue[hole] = entry;
-    return least;
 }
 
-/* Append to the ids, which the caller has asked to be at most `capacity`. */
 static void put_id(Merger *m, uint32_t id) {
     if (m->n_out < m->capacity)
         m->out[m->n_out] = (int)id;
     m->n_out++;
 }
 
-/* Put out the ids of a word of n >= 1 bytes, in O(n log n) steps. An entry stays queued when a
-   neighbour takes one of its tokens away; it is seen to be stale when it comes up. Should its
-   pair stand there once more by then, it is no less the one to join. */
-static void merge_word(const Tokenizer *t, Merger *m, const unsigned char *word, uint32_t n) {
+/* Put out the ids of a word of n >= 1 bytes, in O(n log n) steps. */
+static void merge_word(const Tokenizer *t, Merger *m, const unsigned char *word, size_t n) {
     uint32_t at, behind;
-
+    memset(m->tree, 0xFF, 2 * n * sizeof *m->tree);
     for (at = 0; at < n; at++) {
         m->ids[at] = t->byte_ids[word[at]];
-        m->previous[at] = at > 0 ? at - 1 : NO_TOKEN;
+        m->previous[at] = at - 1; /* 0 - 1 is NO_TOKEN */
         m->next[at] = at + 1 < n ? at + 1 : NO_TOKEN;
+        if (at > 0)
+            set_pair(t, m, n, at - 1);
     }
-    for (m->n_queue = 0, at = 0; at + 1 < n; at++)
-        queue_pair(t, m, at);
-    while (m->n_queue > 0) {
-        const uint64_t entry = queue_take(m);
-        const unsigned char *merge = t->merges + (size_t)(entry >> 32) * MERGE_RECORD;
-
-        at = (uint32_t)entry;
+    while ((at = (uint32_t)m->tree[1]) != NO_TOKEN) {
+        m->ids[at] = get_u32(t->merges + (size_t)(m->tree[1] >> 32) * MERGE_RECORD + 8);
         behind = m->next[at];
-        if (m->ids[at] != get_u32(merge) || behind == NO_TOKEN ||
-            m->ids[behind] != get_u32(merge + 4))
-            continue; /* stale */
-        m->ids[at] = get_u32(merge + 8);
-        m->ids[behind] = NO_TOKEN; /* no pair that begins here is true any more */
         m->next[at] = m->next[behind];
-        if (m->next[at] != NO_TOKEN) {
+        m->next[behind] = NO_TOKEN; /* it is joined: no pair begins there any more */
+        if (m->next[at] != NO_TOKEN)
             m->previous[m->next[at]] = at;
-            queue_pair(t, m, at);
-        }
-        if (m->previous[at] != NO_TOKEN)
-            queue_pair(t, m, m->previous[at]);
+        set_pair(t, m, n, behind);
+        set_pair(t, m, n, at);
+        if (at > 0)
+            set_pair(t, m, n, m->previous[at]);
     }
     for (at = 0; at != NO_TOKEN; at = m->next[at])
         put_id(m, m->ids[at]);
 }
 
-/* The ids of a text of n bytes, as many as ids has room for; *n_ids is the number of all. One
-   walk measures the longest word, for which memory is taken once, and a second one merges.
-   Errors: SIZE; MEMORY, also for a word of 4 GB, for which 28 times as much would be needed. */
+/* SIZE where n ids or bytes do not fit. */
+static patch_status fit(size_t n, size_t capacity, const char *unit, patch_error *e) {
+    return n <= capacity ? PATCH_OK
+           : fail(e, PATCH_E_SIZE, "text", "%lu %s, room for %lu; make room for that many",
+                  (unsigned long)n, unit, (unsigned long)capacity);
+}
+
+/* The ids of a text of n bytes, as many as ids has room for; *n_ids is the number of all. One walk
+   measures the longest word, for which memory is taken once, and a second one merges. Errors: SIZE;
+   MEMORY, also for a word of 4 GB, for which 28 times as much would be needed. */
 static patch_status tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int *ids,
                                      size_t capacity, size_t *n_ids, const patch_allocator *a,
                                      patch_error *e) {
-    Walk w = walk_begin(t, text, n);
+    Merger m = {NULL, NULL, NULL, NULL, ids, 0, capacity};
     size_t longest = 0, from, bytes = SIZE_MAX;
-    Merger m;
+    Walk w = walk_begin(t, text, n);
     int is_eot;
 
     *n_ids = 0;
     while (walk_next(t, &w, &from, &is_eot))
         if (!is_eot && w.at - from > longest)
             longest = w.at - from;
-    memset(&m, 0, sizeof m);
-    if (longest < NO_TOKEN && size_times(longest, MERGER_BYTES, &bytes))
-        m.queue = take(a, bytes, 1);
-    if (m.queue == NULL)
+    if (longest < NO_TOKEN && size_times(longest, 2 * sizeof *m.tree + 3 * sizeof *m.ids, &bytes))
+        m.tree = take(a, bytes, 1);
+    if (m.tree == NULL)
         return no_memory(e, "text", bytes);
-    m.ids = (uint32_t *)(void *)(m.queue + 2 * longest); /* the widest come first: all aligned */
+    m.ids = (uint32_t *)(void *)(m.tree + 2 * longest); /* the widest come first: all aligned */
     m.previous = m.ids + longest;
     m.next = m.previous + longest;
-    m.out = ids;
-    m.capacity = capacity;
     for (w = walk_begin(t, text, n); walk_next(t, &w, &from, &is_eot);)
         if (is_eot)
             put_id(&m, t->eot);
         else
-            merge_word(t, &m, w.text + from, (uint32_t)(w.at - from));
-    give(a, m.queue);
+            merge_word(t, &m, w.text + from, w.at - from);
+    give(a, m.tree);
     *n_ids = m.n_out;
-    if (m.n_out > capacity)
-        return fail(e, PATCH_E_SIZE, "text", "%lu ids, room for %lu; make room for that many",
-                    (unsigned long)m.n_out, (unsigned long)capacity);
-    return PATCH_OK;
+    return fit(m.n_out, capacity, "ids", e);
 }
 
 /* ==== 5. Kernels =================================================================================
@@ -1246,7 +1010,7 @@ static patch_status tokenizer_encode(const Tokenizer *t, const char *text, size_
    Within a tier the compiler fuses multiply and add or it does not, in vector and scalar code alike
    (gcc outside the ISO modes: wherever the tier has FMA), so the plain kernel gives the same bits. */
 
-enum { K_BLOCK = 32, LANES = 16, STEP = 48, MAX_TILE_ROWS = 8 };
+enum { K_BLOCK = 64, LANES = 16, STEP = 48, MAX_TILE_ROWS = 8 };
 
 /* A tile: y [rows,cols] = a [rows,k] . b, with a given as row pointers and b as panels [.][k][16] of
    which each is `panel` floats from the one before it. */
@@ -2462,15 +2226,13 @@ patch_status patch_model_verify(const patch_model *m, patch_error *e) {
 patch_status patch_encode(const patch_model *model, const char *text, size_t n_bytes,
                           int prepend_bos, int *ids, size_t capacity, size_t *n_ids,
                           patch_error *error) {
-    const size_t first = prepend_bos ? 1 : 0; /* where the text's ids begin */
-    const size_t room = capacity > first ? capacity - first : 0;
+    const size_t first = prepend_bos ? 1 : 0, room = capacity > first ? capacity - first : 0;
     patch_status s;
 
     *n_ids = 0;
     if (!model->has_tokenizer)
-        return fail(error, PATCH_E_INPUT, "text",
-                    "the model file has no tokenizer; give ids (clean_ids) or convert the "
-                    "checkpoint with its tokenizer");
+        return fail(error, PATCH_E_INPUT, "text", "the model file has no tokenizer; give ids "
+                    "(clean_ids) or convert the checkpoint with its tokenizer");
     if (prepend_bos && model->dims.bos < 0)
         return fail(error, PATCH_E_INPUT, "text",
                     "the tokenizer has no " EOT_TEXT " to put in front; use --no-bos");
@@ -2478,14 +2240,10 @@ patch_status patch_encode(const patch_model *model, const char *text, size_t n_b
                          n_ids, &model->allocator, error);
     if (s != PATCH_OK && s != PATCH_E_SIZE)
         return s;
-    /* <|endoftext|> counts too: it may be what does not fit, and belongs in SIZE's number. */
-    *n_ids += first;
     if (prepend_bos && capacity > 0)
         ids[0] = model->dims.bos;
-    if (*n_ids > capacity)
-        return fail(error, PATCH_E_SIZE, "text", "%lu ids, room for %lu; make room for that many",
-                    (unsigned long)*n_ids, (unsigned long)capacity);
-    return PATCH_OK;
+    *n_ids += first; /* it may be what does not fit, and belongs in SIZE's number */
+    return fit(*n_ids, capacity, "ids", error);
 }
 
 /* The bytes of the ids' tokens, of which only whole tokens are copied and only while they fit. An
@@ -2493,11 +2251,9 @@ patch_status patch_encode(const patch_model *model, const char *text, size_t n_b
 patch_status patch_decode(const patch_model *model, const int *ids, size_t n, char *text,
                           size_t capacity, size_t *n_bytes, patch_error *error) {
     size_t i, length, total = 0;
-
     *n_bytes = 0;
     for (i = 0; i < n; i++) {
-        const char *token = patch_token(model, ids[i], &length);
-
+        const char *token = tokenizer_token(&model->tokenizer, ids[i], &length);
         if (token == NULL)
             return fail(error, PATCH_E_INPUT, "ids", "id %d has no token; %s", ids[i],
                         model->has_tokenizer ? "give ids that patch_encode makes"
@@ -2508,10 +2264,7 @@ patch_status patch_decode(const patch_model *model, const int *ids, size_t n, ch
             total = SIZE_MAX;
     }
     *n_bytes = total;
-    if (total > capacity)
-        return fail(error, PATCH_E_SIZE, "text", "%lu bytes, room for %lu; make room for that many",
-                    (unsigned long)total, (unsigned long)capacity);
-    return PATCH_OK;
+    return fit(total, capacity, "bytes", error);
 }
 
 /* Without a tokenizer the model's is zeroed, and no id has a token. */
@@ -4358,21 +4111,6 @@ static patch_status check_examples(const Model *m, const patch_example *x, size_
     return PATCH_OK;
 }
 
-/* Two runs of an example, clean and corrupted (clean again where there is none), into runs[0] and [1],
-   and that both are wanted. */
-static void both_runs(const patch_example *x, int example, int first, patch_run *runs,
-                      Wanted *wanted) {
-    int side;
-
-    for (side = 0; side < 2; side++) {
-        runs[side].tokens = side && x->corrupted ? x->corrupted : x->clean;
-        runs[side].n_tokens = x->n_tokens;
-        wanted[side].run = first + side;
-        wanted[side].clean = first;
-        wanted[side].example = example;
-    }
-}
-
 /* ---- the plain way: --brute ---- */
 
 /* The edits that set a cell of one run to the values cached from the other run at the cell's hook point
@@ -4424,13 +4162,14 @@ static patch_status brute_items(const Model *m, const patch_example *examples,
         const size_t T = (size_t)x->n_tokens;
         Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
         patch_run runs[2];
-        Wanted wanted[2];
+        Wanted wanted = {1, 0, 0, 0, 0};
 
         if ((s = check_slice(m, item, (int)c->hook, c->layer, c->pos, c->head, c->src,
                              x->n_tokens, e)) != PATCH_OK)
             break;
         memset(runs, 0, sizeof runs);
-        both_runs(x, 0, 0, runs, wanted);
+        runs[0].tokens = o->noising ? x->corrupted : x->clean;
+        runs[0].n_tokens = runs[1].n_tokens = x->n_tokens;
         if (item % n_cells == 0 || cached == NULL || cached->hook != c->hook ||
             cached->layer != c->layer) {
             patch_read read = {c->hook, c->layer, 0, -1, NULL, 0};
@@ -4438,15 +4177,15 @@ static patch_status brute_items(const Model *m, const patch_example *examples,
             pool_give(&cache, seen);
             seen = read.out = pool_take(&cache, T * hook_width(m, (int)c->hook, T), sizeof *seen);
             s = seen == NULL ? no_memory(e, "brute", cache.refused)
-                             : execute(m, &pool, &runs[o->noising ? 1 : 0], 1, &read, 1, 0, stats, e);
+                             : execute(m, &pool, runs, 1, &read, 1, 0, stats, e);
             cached = c;
         }
-        if (s == PATCH_OK) { /* run 0 stays clean, for KL; run 1 is patched */
+        if (s == PATCH_OK) { /* run 0 is clean, for KL; run 1 is patched */
+            runs[0].tokens = x->clean;
             runs[1].tokens = o->noising ? x->clean : x->corrupted;
             runs[1].edits = edits;
             runs[1].n_edits = set_edits(m, c, seen, T, edits);
-            wanted[1].clean = 0;
-            s = score_runs(m, &pool, runs, 2, wanted + 1, 1, x, o->metric, 0, values + item, stats, e);
+            s = score_runs(m, &pool, runs, 2, &wanted, 1, x, o->metric, 0, values + item, stats, e);
         }
         s = pool_end(&pool, s);
     }
@@ -4455,116 +4194,205 @@ static patch_status brute_items(const Model *m, const patch_example *examples,
 
 /* ---- the fast way ---- */
 
-/* Items first .. first + n - 1, in one pass. Runs: two an example, then one an item. */
-static patch_status patch_group(const Model *m, Pool *pool, const patch_example *x,
-                                const patch_cell *cells, size_t n_cells,
-                                const patch_cells_options *o, size_t first, size_t n,
-                                double *values, patch_stats *stats, patch_error *e) {
-    const size_t from = first / n_cells, bases = 2 * ((first + n - 1) / n_cells - from + 1);
-    patch_run *runs = pool_take(pool, bases + n, sizeof *runs);
-    patch_edit *edits = pool_take(pool, n, sizeof *edits);
-    Wanted *wanted = pool_take(pool, bases + n, sizeof *wanted);
-    double *found = pool_take(pool, bases + n, sizeof *found);
+/* A family of runs, which is what every analysis is made of: `bases` runs an example (its clean run
+   first), and on them items, each one or more runs with edits, the last of which is measured. */
+typedef struct Family {
+    const patch_example *x;
+    size_t n, per_example; /* examples, items of each */
+    size_t bases, base_edits, item_runs, item_edits; /* how many an example or item has, at most */
+    int unpatched;         /* the base that an item without effect equals */
+    patch_metric metric;
+    /* Fill an example's bases; runs[0..bases-1] are zeroed but for tokens and n_tokens (all clean). */
+    void (*fill_bases)(const struct Family *f, size_t example, int base, patch_run *runs,
+                       patch_edit *edits);
+    /* Fill an item's runs; runs[0] is number `at`, the example's first base is number `base`. */
+    void (*fill_item)(const struct Family *f, size_t example, size_t item, int base, int at,
+                      patch_run *runs, patch_edit *edits);
+    const void *ctx;
+} Family;
+
+/* Items first .. first + n - 1 in one pass: values [n], and of the bases of all examples touched
+   unpatched [examples, bases] (NULL: not wanted). */
+static patch_status run_group(const Model *m, Pool *pool, const Family *f, size_t first, size_t n,
+                              double *values, double *unpatched, patch_stats *stats,
+                              patch_error *e) {
+    const size_t from = first / f->per_example, bases = f->bases;
+    const size_t examples = (first + n - 1) / f->per_example - from + 1;
+    const size_t n_bases = examples * bases, n_runs = n_bases + n * f->item_runs;
+    patch_run *runs = pool_take(pool, n_runs, sizeof *runs);
+    patch_edit *edits = pool_take(pool, examples * f->base_edits + n * f->item_edits, sizeof *edits);
+    Wanted *wanted = pool_take(pool, n_bases + n, sizeof *wanted);
+    double *found = pool_take(pool, n_bases + n, sizeof *found);
+    patch_edit *next = edits;
     patch_status s;
-    size_t i;
+    size_t i, k;
 
     if (!runs || !edits || !wanted || !found)
         return no_memory(e, "group", pool->refused);
-    for (i = 0; i < bases; i += 2)
-        both_runs(&x[from + i / 2], (int)(i / 2), (int)i, runs + i, wanted + i);
-    for (i = 0; i < n; i++) {
-        const int base = (int)(2 * ((first + i) / n_cells - from));
-        const patch_cell *c = &cells[(first + i) % n_cells];
-        Wanted *w = &wanted[bases + i];
-
-        edits[i].hook = c->hook;
-        edits[i].op = PATCH_COPY;
-        edits[i].layer = c->layer;
-        edits[i].pos = c->pos;
-        edits[i].head = c->head;
-        edits[i].src = c->src;
-        edits[i].source = base + (o->noising ? 1 : 0);
-        runs[bases + i] = runs[base + (o->noising ? 0 : 1)];
-        runs[bases + i].edits = &edits[i];
-        runs[bases + i].n_edits = (int)c->hook >= 0;
-        w->run = (int)(bases + i);
-        w->example = base / 2;
-        w->clean = base;
+    for (i = 0; i < n_bases; i++) {
+        runs[i].tokens = f->x[from + i / bases].clean;
+        runs[i].n_tokens = f->x[from + i / bases].n_tokens;
+        wanted[i].run = (int)i;
+        wanted[i].example = (int)(i / bases);
+        wanted[i].clean = (int)(i - i % bases);
     }
-    s = score_runs(m, pool, runs, bases + n, wanted, bases + n, x + from, o->metric, 1, found,
+    for (i = 0; i < examples; i++, next += f->base_edits)
+        f->fill_bases(f, from + i, (int)(i * bases), runs + i * bases, next);
+    for (i = 0; i < n; i++, next += f->item_edits) {
+        const size_t example = (first + i) / f->per_example, base = (example - from) * bases;
+        const size_t at = n_bases + i * f->item_runs;
+        Wanted *w = &wanted[n_bases + i];
+
+        for (k = 0; k < f->item_runs; k++)
+            runs[at + k] = runs[base + (size_t)f->unpatched];
+        f->fill_item(f, example, (first + i) % f->per_example, (int)base, (int)at, runs + at, next);
+        w->run = (int)(at + f->item_runs - 1);
+        w->example = (int)(example - from);
+        w->clean = (int)base;
+    }
+    s = score_runs(m, pool, runs, n_runs, wanted, n_bases + n, f->x + from, f->metric, 1, found,
                    stats, e);
     if (s != PATCH_OK)
         return s;
-    memcpy(values + first, found + bases, n * sizeof *values);
-    if (o->unpatched != NULL)
-        memcpy(o->unpatched + 2 * from, found, bases * sizeof *values);
-    for (i = 0; stats != NULL && i < n; i++)
-        stats->cells_skipped += wanted[bases + i].id ==
-                                wanted[2 * wanted[bases + i].example + (o->noising ? 0 : 1)].id;
+    memcpy(values, found + n_bases, n * sizeof *values);
+    if (unpatched != NULL)
+        memcpy(unpatched + bases * from, found, n_bases * sizeof *values);
+    for (i = n_bases; stats != NULL && i < n_bases + n; i++)
+        stats->cells_skipped +=
+            wanted[i].id == wanted[(size_t)wanted[i].clean + (size_t)f->unpatched].id;
     return PATCH_OK;
 }
 
 /* How many items to try first: 16 times as many as would fit if they shared nothing. Too many costs no
    more than a plan that is given up. */
-static size_t first_guess(const Model *m, const patch_example *x, size_t n, size_t limit) {
+static size_t first_guess(const Model *m, const Family *f, size_t limit) {
     size_t T = 1, i;
 
-    for (i = 0; i < n; i++)
-        T = (size_t)x[i].n_tokens > T ? (size_t)x[i].n_tokens : T;
+    for (i = 0; i < f->n; i++)
+        T = (size_t)f->x[i].n_tokens > T ? (size_t)f->x[i].n_tokens : T;
     T *= m->file.L * STAGES * sizeof(Node) + (6 * m->file.C + m->file.M) * sizeof(float);
     return 16 * (limit / T) + 1;
+}
+
+typedef patch_status (*Done)(void *ctx, size_t first, size_t count, const double *values,
+                             patch_error *e);
+
+/* Items first .. end - 1 in as few passes as the memory allows; values [n, per_example]. */
+static patch_status run_family(const Model *m, const Family *f, size_t first, size_t end,
+                               double *values, double *unpatched, Done done, void *ctx,
+                               patch_stats *stats, patch_error *e) {
+    const size_t limit = memory_limit(m, STANDARD_LIMIT);
+    size_t some, group = first_guess(m, f, limit);
+    patch_status s = PATCH_OK;
+
+    if (stats != NULL)
+        stats->cells += (double)(end - first);
+    while (first < end && s == PATCH_OK) {
+        Pool pool = pool_begin(&m->allocator, limit);
+
+        some = end - first < group ? end - first : group;
+        s = pool_end(&pool, run_group(m, &pool, f, first, some, values + first, unpatched, stats, e));
+        if (s == PATCH_E_MEMORY && some > 1) { /* too many at once: try half of them */
+            group = (some + 1) / 2;
+            s = PATCH_OK;
+            continue;
+        }
+        if (s == PATCH_OK && done != NULL)
+            s = done(ctx, first, some, values + first, e);
+        first += some;
+    }
+    return s;
+}
+
+typedef struct Cells { /* the family of a sweep */
+    const patch_cell *cells;
+    int noising;
+} Cells;
+
+static void fill_both(const Family *f, size_t example, int base, patch_run *runs, patch_edit *edits) {
+    (void)base, (void)edits;
+    if (f->x[example].corrupted != NULL)
+        runs[1].tokens = f->x[example].corrupted;
+}
+
+static void fill_cell(const Family *f, size_t example, size_t item, int base, int at,
+                      patch_run *runs, patch_edit *edit) {
+    const Cells *c = f->ctx;
+    const patch_cell *cell = &c->cells[item];
+
+    (void)example, (void)at;
+    edit->hook = cell->hook;
+    edit->op = PATCH_COPY;
+    edit->layer = cell->layer;
+    edit->pos = cell->pos;
+    edit->head = cell->head;
+    edit->src = cell->src;
+    edit->source = base + (c->noising ? 1 : 0);
+    runs->edits = edit;
+    runs->n_edits = 1;
 }
 
 patch_status patch_cells(const patch_model *m, const patch_example *x, size_t n,
                          const patch_cell *cells, size_t n_cells, const patch_cells_options *o,
                          double *values, patch_stats *stats, patch_error *e) {
-    const size_t limit = memory_limit(m, STANDARD_LIMIT);
-    size_t at = o->first, end, some, group = first_guess(m, x, n, limit), run = 0;
-    patch_status s = check_examples(m, x, n, o->metric, n_cells > 0 && (int)cells[0].hook >= 0, e);
+    Cells c;
+    Family f = {0};
+    size_t end, run = 0;
+    patch_status s = check_examples(m, x, n, o->metric, 1, e);
 
     if (s != PATCH_OK || n == 0 || n_cells == 0)
         return s;
     WITHIN("number of examples", n, 1, LONG_MAX / 64 / (long)n_cells);
-    WITHIN("first item", at, 0, n * n_cells - 1);
-    end = o->count == 0 || o->count > n * n_cells - at ? n * n_cells : at + o->count;
-    if (stats != NULL)
-        stats->cells += (double)(end - at);
-    while (at < end) {
-        Pool pool = pool_begin(&m->allocator, limit);
-
-        some = o->brute ? 1 : end - at < group ? end - at : group;
-        s = o->brute ? brute_items(m, x, cells, n_cells, o, at, end, values, stats, e)
-                     : patch_group(m, &pool, x, cells, n_cells, o, at, some, values, stats, e);
-        pool_end(&pool, s);
-        if (s == PATCH_E_MEMORY && some > 1) { /* too many at once: try half of them */
-            group = (some + 1) / 2;
-            continue;
-        }
-        some = o->brute ? end - at : some;
-        if (s == PATCH_OK && o->done != NULL)
-            s = o->done(o->ctx, at, some, values + at, e);
-        if (s != PATCH_OK)
-            return s;
-        at += some;
+    WITHIN("first item", o->first, 0, n * n_cells - 1);
+    end = o->count == 0 || o->count > n * n_cells - o->first ? n * n_cells : o->first + o->count;
+    if (o->brute) {
+        s = brute_items(m, x, cells, n_cells, o, o->first, end, values, stats, e);
+        if (s == PATCH_OK && o->unpatched != NULL)
+            s = patch_measure(m, x, n, o->metric, o->unpatched, stats, e);
+        return s == PATCH_OK && o->done != NULL
+                   ? o->done(o->ctx, o->first, end - o->first, values + o->first, e) : s;
     }
-    return PATCH_OK;
+    c.cells = cells;
+    c.noising = o->noising;
+    f.x = x;
+    f.n = n;
+    f.per_example = n_cells;
+    f.bases = 2;
+    f.item_runs = f.item_edits = 1;
+    f.unpatched = o->noising ? 0 : 1;
+    f.metric = o->metric;
+    f.fill_bases = fill_both;
+    f.fill_item = fill_cell;
+    f.ctx = &c;
+    return run_family(m, &f, o->first, end, values, o->unpatched, o->done, o->ctx, stats, e);
 }
 
-/* A sweep of one cell that changes nothing. */
+static void fill_nothing(const Family *f, size_t example, size_t item, int base, int at,
+                         patch_run *runs, patch_edit *edits) {
+    (void)f, (void)example, (void)item, (void)base, (void)at, (void)runs, (void)edits;
+}
+
+/* A family without edits: one item an example, the clean run itself. */
 patch_status patch_measure(const patch_model *m, const patch_example *x, size_t n,
                            patch_metric metric, double *out, patch_stats *stats, patch_error *e) {
-    const patch_cell nothing = {(patch_hook)-1, 0, 0, 0, 0};
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
     double *values = pool_take(&pool, n, sizeof *values);
-    patch_cells_options o;
-    patch_status s;
+    Family f = {0};
     size_t i;
+    patch_status s = check_examples(m, x, n, metric, 0, e);
 
-    memset(&o, 0, sizeof o);
-    o.metric = metric;
-    o.unpatched = out;
-    s = values == NULL ? no_memory(e, "metric", pool.refused)
-                       : patch_cells(m, x, n, &nothing, 1, &o, values, stats, e);
+    f.x = x;
+    f.n = n;
+    f.per_example = 1;
+    f.bases = 2;
+    f.item_runs = 1;
+    f.metric = metric;
+    f.fill_bases = fill_both;
+    f.fill_item = fill_nothing;
+    if (s == PATCH_OK)
+        s = values == NULL ? no_memory(e, "metric", pool.refused)
+                           : run_family(m, &f, 0, n, values, out, NULL, NULL, NULL, e);
+    (void)stats;
     for (i = 0; s == PATCH_OK && i < n; i++)
         if (x[i].corrupted == NULL)
             out[2 * i + 1] = (double)NAN;
@@ -4652,6 +4480,678 @@ patch_status patch_sweep_cells(const patch_model *m, const char *sweep, int n_to
     return PATCH_OK;
 }
 
+#ifndef PATCH_CORE
+/* ==== 11. Further analyses =======================================================================
+   What stands on the core: each analysis is a family of runs (chapter 10) or a few reads. */
+
+/* ---- 11.1 Causal tracing: Meng et al. 2022, arXiv:2202.05262 ---- */
+
+/* numpy's RandomState: MT19937 (Matsumoto and Nishimura 1998) and its Gaussian numbers. Equal bit for
+   bit, so nothing here may be fused or reordered: Gaussians come from the polar method in double. */
+typedef struct Random {
+    uint32_t state[624];
+    int at, has_spare;
+    double spare;
+} Random;
+
+static void random_seed(Random *r, uint32_t seed) {
+    int i;
+
+    r->state[0] = seed;
+    for (i = 1; i < 624; i++)
+        r->state[i] = 1812433253u * (r->state[i - 1] ^ r->state[i - 1] >> 30) + (uint32_t)i;
+    r->at = 624;
+    r->has_spare = 0;
+}
+
+static uint32_t random_u32(Random *r) {
+    uint32_t y;
+    int i;
+
+    if (r->at == 624) {
+        for (i = 0; i < 624; i++) {
+            y = (r->state[i] & 0x80000000u) | (r->state[(i + 1) % 624] & 0x7FFFFFFFu);
+            r->state[i] = r->state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908B0DFu : 0);
+        }
+        r->at = 0;
+    }
+    y = r->state[r->at++];
+    y ^= y >> 11;
+    y ^= y << 7 & 0x9D2C5680u;
+    y ^= y << 15 & 0xEFC60000u;
+    return y ^ y >> 18;
+}
+
+static double random_double(Random *r) { /* 53 bits, 0 <= x < 1 */
+    const double high = random_u32(r) >> 5, low = random_u32(r) >> 6;
+
+    return (high * 67108864.0 + low) / 9007199254740992.0;
+}
+
+static double random_gauss(Random *r) {
+    volatile double x, y, square; /* volatile: no fused multiply-add, numpy has none */
+
+    if (r->has_spare) {
+        r->has_spare = 0;
+        return r->spare;
+    }
+    do {
+        volatile double xx, yy;
+
+        x = 2.0 * random_double(r) - 1.0;
+        y = 2.0 * random_double(r) - 1.0;
+        xx = x * x;
+        yy = y * y;
+        square = xx + yy;
+    } while (square >= 1.0 || square == 0.0);
+    square = sqrt(-2.0 * log(square) / square);
+    r->spare = square * x;
+    r->has_spare = 1;
+    return square * y;
+}
+
+/* A fact's traces: the family of one prompt. Bases: the clean run, then `samples` corrupted ones, whose
+   subject's token embeddings are set to noisy ones. An item is (token, layer, sample). */
+typedef struct Trace {
+    const Model *m;
+    const patch_trace_options *o;
+    const patch_fact *fact;
+    float *noisy; /* [samples, range, C] */
+    int kind;
+} Trace;
+
+static void trace_bases(const Family *f, size_t example, int base, patch_run *runs, patch_edit *edits) {
+    const Trace *t = f->ctx;
+    const int range = t->fact->end - t->fact->begin;
+    const size_t C = t->m->file.C;
+    int s, i;
+
+    (void)example, (void)base;
+    for (s = 1; s <= t->o->samples; s++) {
+        runs[s].edits = edits;
+        runs[s].n_edits = range;
+        for (i = 0; i < range; i++, edits++) {
+            edits->hook = PATCH_EMBED;
+            edits->op = PATCH_SET;
+            edits->pos = t->fact->begin + i;
+            edits->head = edits->src = -1;
+            edits->values = t->noisy + ((size_t)(s - 1) * (size_t)range + (size_t)i) * C;
+        }
+    }
+}
+
+static void copy_whole(patch_edit *e, patch_hook hook, int layer, int pos, int source) {
+    e->hook = hook;
+    e->op = PATCH_COPY;
+    e->layer = layer;
+    e->pos = pos;
+    e->head = e->src = -1;
+    e->source = source;
+}
+
+/* Restore resid_post, or mlp_out or attn_out over a window of layers, at one token of one sample. Severed:
+   restore resid_post while mlp_out or attn_out stay as they were in the corrupted run, in every layer. */
+static void trace_item(const Family *f, size_t example, size_t item, int base, int at,
+                       patch_run *run, patch_edit *edits) {
+    const Trace *t = f->ctx;
+    const int L = t->m->dims.n_layers, samples = t->o->samples, severed = t->o->severed;
+    const int sample = 1 + (int)(item % (size_t)samples), place = (int)(item / (size_t)samples);
+    const int layer = place % L, pos = place / L;
+    const patch_hook hook = t->kind == PATCH_TRACE_ATTN ? PATCH_ATTN_OUT : PATCH_MLP_OUT;
+    const patch_run *corrupted = run + (base + sample - at);
+    int first = layer - t->o->window / 2, last = layer + (t->o->window + 1) / 2, l, n;
+
+    (void)example;
+    n = corrupted->n_edits;
+    memcpy(edits, corrupted->edits, (size_t)n * sizeof *edits); /* the noise, of the same contents */
+    if (t->kind == PATCH_TRACE_RESID || severed)
+        copy_whole(&edits[n++], PATCH_RESID_POST, layer, pos, base);
+    if (t->kind != PATCH_TRACE_RESID) {
+        first = severed || first < 0 ? 0 : first;
+        last = severed || last > L ? L : last;
+        for (l = first; l < last; l++)
+            copy_whole(&edits[n++], hook, l, pos, severed ? base + sample : base);
+    }
+    run->edits = edits;
+    run->n_edits = n;
+}
+
+/* sigma: `noise` times the standard deviation (unbiased, rounded to float) of all elements of the raw
+   embeddings of all facts' subjects, each subject by itself. */
+patch_status patch_trace_sigma(const patch_model *m, const int *tokens, size_t n, double noise,
+                               double *sigma, patch_error *e) {
+    const size_t C = m->file.C;
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    float *row = pool_take(&pool, C, sizeof *row);
+    double sum = 0, square = 0, mean = 0;
+    size_t i, k, pass, run = 0;
+
+    if (row == NULL)
+        return pool_end(&pool, no_memory(e, "trace", pool.refused));
+    WITHIN("number of subject tokens", n, 1, INT_MAX);
+    for (pass = 0; pass < 2; pass++)
+        for (i = 0; i < n; i++) {
+            if (!weights_row(&m->file, &m->file.tensors[0], (size_t)tokens[i], row, pool.a))
+                return pool_end(&pool, unreadable(m, e));
+            for (k = 0; k < C; k++) {
+                const double d = (double)row[k] - mean;
+
+                sum += d;
+                square += d * d;
+            }
+            if (i == n - 1 && pass == 0) {
+                mean = sum / ((double)n * (double)C);
+                sum = square = 0;
+            }
+        }
+    *sigma = noise * (double)(float)sqrt(square / ((double)n * (double)C - 1));
+    return pool_end(&pool, PATCH_OK);
+}
+
+/* The noisy embeddings of a fact's subject: float(double(W_E row) + sigma z), and then what
+   center_writing_weights does to an embedding. */
+static int noisy_embeddings(const Model *m, const patch_trace_options *o, const patch_fact *fact,
+                            float *row, float *noisy) {
+    const size_t C = m->file.C;
+    Random *r = take(&m->allocator, 1, sizeof *r);
+    int s, i, ok = r != NULL;
+    size_t k;
+
+    if (ok)
+        random_seed(r, 1);
+    for (s = 0; ok && s < o->samples; s++)
+        for (i = fact->begin; ok && i < fact->end; i++, noisy += C) {
+            double mean = 0;
+
+            ok = weights_row(&m->file, &m->file.tensors[0], (size_t)fact->tokens[i], row, &m->allocator);
+            for (k = 0; k < C; k++) {
+                volatile double noise = o->sigma * random_gauss(r); /* not fused: numpy rounds it */
+
+                noisy[k] = (float)((double)row[k] + noise);
+            }
+            if (m->steps & DID_CENTER_WRITING)
+                mean = m->kernels->mean(noisy, C);
+            for (k = 0; k < C; k++)
+                noisy[k] = (float)((double)noisy[k] - mean);
+        }
+    give(&m->allocator, r);
+    return ok;
+}
+
+patch_status patch_trace(const patch_model *m, const patch_fact *fact,
+                         const patch_trace_options *o, double *high, double *low, double *cells,
+                         patch_stats *stats, patch_error *e) {
+    const size_t T = (size_t)fact->n_tokens, L = m->file.L, S = (size_t)o->samples;
+    const size_t range = (size_t)(fact->end - fact->begin);
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    float *row = pool_take(&pool, m->file.C, sizeof *row);
+    double *values, *unpatched;
+    patch_example x = {0};
+    Family f = {0};
+    Trace t;
+    patch_status s = PATCH_OK;
+    size_t i, k, run = 0;
+
+    WITHIN("samples", o->samples, 1, 10000);
+    WITHIN("window", o->window, 1, 100000);
+    WITHIN("subject's end", fact->end, fact->begin + 1, fact->n_tokens);
+    WITHIN("subject's beginning", fact->begin, 0, fact->end - 1);
+    WITHIN("answer", fact->answer, 0, m->dims.d_vocab - 1);
+    x.clean = fact->tokens;
+    x.n_tokens = fact->n_tokens;
+    x.answer = fact->answer;
+    memset(&t, 0, sizeof t);
+    t.m = m;
+    t.o = o;
+    t.fact = fact;
+    t.noisy = pool_take(&pool, S * range * m->file.C, sizeof *t.noisy);
+    values = pool_take(&pool, T * L * S, sizeof *values);
+    unpatched = pool_take(&pool, S + 1, sizeof *unpatched);
+    if (!row || !t.noisy || !values || !unpatched)
+        return pool_end(&pool, no_memory(e, "trace", pool.refused));
+    if (!noisy_embeddings(m, o, fact, row, t.noisy))
+        return pool_end(&pool, unreadable(m, e));
+    f.x = &x;
+    f.n = 1;
+    f.per_example = T * L * S;
+    f.bases = S + 1;
+    f.base_edits = S * range;
+    f.item_runs = 1;
+    f.item_edits = range + 1 + L;
+    f.unpatched = 1;
+    f.metric = o->metric;
+    f.fill_bases = trace_bases;
+    f.fill_item = trace_item;
+    f.ctx = &t;
+    for (t.kind = PATCH_TRACE_RESID; s == PATCH_OK && t.kind <= PATCH_TRACE_ATTN; t.kind++) {
+        if (!(o->kinds >> t.kind & 1))
+            continue;
+        s = run_family(m, &f, 0, T * L * S, values, unpatched, NULL, NULL, stats, e);
+        for (i = 0; s == PATCH_OK && i < T * L; i++) {
+            double sum = 0;
+
+            for (k = 0; k < S; k++)
+                sum += values[i * S + k];
+            cells[(size_t)t.kind * T * L + i] = sum / (double)S;
+        }
+    }
+    *high = unpatched[0];
+    for (k = 1, *low = 0; k <= S; k++)
+        *low += unpatched[k] / (double)S;
+    return pool_end(&pool, s);
+}
+
+/* ---- 11.2 Ablation ---- */
+
+typedef struct Ablation {
+    const Model *m;
+    const patch_ablation *o;
+    const patch_cell *cells;
+    const size_t *sets; /* [n_sets + 1] where each item's cells begin */
+    float *values;      /* [groups, L, T, width] zeros, means or noise */
+    size_t T, width;
+} Ablation;
+
+/* Bases: an example's clean run and its partner's. */
+static void ablate_bases(const Family *f, size_t example, int base, patch_run *runs, patch_edit *edits) {
+    const Ablation *a = f->ctx;
+
+    (void)base, (void)edits;
+    if (a->o->by == PATCH_BY_RESAMPLE)
+        runs[1].tokens = f->x[a->o->partner[example]].clean;
+}
+
+static void ablate_item(const Family *f, size_t example, size_t item, int base, int at,
+                        patch_run *run, patch_edit *edit) {
+    const Ablation *a = f->ctx;
+    const size_t group = a->o->groups ? (size_t)a->o->groups[example] : 0;
+    const size_t part = hook_facts[a->cells->hook].shape == 'R' ? a->m->file.C : a->m->file.D;
+    size_t i;
+
+    (void)at;
+    run->edits = edit;
+    run->n_edits = (int)(a->sets[item + 1] - a->sets[item]);
+    for (i = a->sets[item]; i < a->sets[item + 1]; i++, edit++) {
+        const patch_cell *c = &a->cells[i];
+        const size_t pos = c->pos < 0 ? 0 : (size_t)c->pos, head = c->head < 0 ? 0 : (size_t)c->head;
+
+        copy_whole(edit, c->hook, c->layer, c->pos, base + 1);
+        edit->head = c->head;
+        if (a->o->by == PATCH_BY_RESAMPLE)
+            continue;
+        edit->op = a->o->by == PATCH_BY_NOISE ? PATCH_ADD : PATCH_SET;
+        edit->stride = a->width;
+        edit->values = a->values + ((group * a->m->file.L + (size_t)c->layer) * a->T + pos) * a->width +
+                       head * part;
+    }
+}
+
+/* Means and standard deviations of a hook point over the clean runs: mean [groups, L, T, width] by
+   position and group, deviation [L] over everything. */
+static patch_status activation_means(const Model *m, const patch_example *x, size_t n,
+                                     const patch_ablation *o, Ablation *a, double *deviation,
+                                     patch_error *e) {
+    const size_t L = m->file.L, size = a->T * a->width, groups = (size_t)o->n_groups;
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    double *sum = pool_take(&pool, groups * L * size, sizeof *sum);
+    double *moments = pool_take(&pool, 2 * L, sizeof *moments), *count = pool_take(&pool, groups, sizeof *count);
+    float *rows = pool_take(&pool, L * size, sizeof *rows);
+    patch_read *reads = pool_take(&pool, L, sizeof *reads);
+    patch_status s = sum && moments && count && rows && reads ? PATCH_OK : no_memory(e, "ablate", pool.refused);
+    size_t b, l, i;
+
+    for (b = 0; s == PATCH_OK && b < n; b++) {
+        const size_t group = o->groups ? (size_t)o->groups[b] : 0;
+        patch_run run = {NULL, 0, NULL, 0};
+
+        run.tokens = x[b].clean;
+        run.n_tokens = x[b].n_tokens;
+        for (l = 0; l < L; l++) {
+            reads[l].hook = a->cells->hook;
+            reads[l].layer = (int)l;
+            reads[l].pos = -1;
+            reads[l].out = rows + l * size;
+        }
+        s = patch_execute(m, &run, 1, reads, L, NULL, e);
+        for (i = 0; s == PATCH_OK && i < L * size; i++) {
+            sum[group * L * size + i] += (double)rows[i];
+            moments[2 * (i / size)] += (double)rows[i];
+            moments[2 * (i / size) + 1] += (double)rows[i] * (double)rows[i];
+        }
+        count[group]++;
+    }
+    for (i = 0; s == PATCH_OK && i < groups * L * size; i++)
+        a->values[i] = (float)(sum[i] / count[i / (L * size)]);
+    for (l = 0; s == PATCH_OK && l < L; l++) {
+        const double N = (double)n * (double)size, mean = moments[2 * l] / N;
+
+        deviation[l] = sqrt(moments[2 * l + 1] / N - mean * mean);
+    }
+    return pool_end(&pool, s);
+}
+
+/* What the ablated slices are set to. */
+static patch_status ablation_values(const Model *m, const patch_example *x, size_t n, Ablation *a,
+                                    Pool *pool, patch_error *e) {
+    const size_t L = m->file.L, size = a->T * a->width;
+    double *deviation = pool_take(pool, L, sizeof *deviation);
+    Random *r = pool_take(pool, 1, sizeof *r);
+    patch_status s = PATCH_OK;
+    size_t i;
+
+    a->values = pool_take(pool, (size_t)a->o->n_groups * L * size, sizeof *a->values);
+    if (!deviation || !r || !a->values)
+        return no_memory(e, "ablate", pool->refused);
+    if (a->o->by == PATCH_BY_MEAN || a->o->by == PATCH_BY_NOISE)
+        s = activation_means(m, x, n, a->o, a, deviation, e);
+    random_seed(r, a->o->seed);
+    for (i = 0; s == PATCH_OK && a->o->by == PATCH_BY_NOISE && i < (size_t)a->o->n_groups * L * size; i++)
+        a->values[i] = (float)(a->o->noise * deviation[i / size % L] * random_gauss(r));
+    return s;
+}
+
+patch_status patch_ablate(const patch_model *m, const patch_example *x, size_t n,
+                          const patch_cell *cells, const size_t *sets, size_t n_sets,
+                          const patch_ablation *o, double *values, double *unpatched,
+                          patch_stats *stats, patch_error *e) {
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    double *both = pool_take(&pool, 2 * n, sizeof *both);
+    Ablation a;
+    Family f = {0};
+    patch_status s = check_examples(m, x, n, o->metric, 0, e);
+    size_t i, run;
+
+    memset(&a, 0, sizeof a);
+    a.m = m;
+    a.o = o;
+    a.cells = cells;
+    a.sets = sets;
+    for (i = 0; s == PATCH_OK && i < sets[n_sets]; i++)
+        if (cells[i].hook != cells[0].hook || hook_facts[cells[i].hook].shape == 'P' ||
+            hook_where((int)cells[i].hook) != EACH)
+            s = fail(e, PATCH_E_USAGE, "site", "cells of one hook point inside the blocks are wanted, "
+                     "and no pattern; choose another site");
+    for (run = 0; s == PATCH_OK && run < n; run++) {
+        WITHIN("number of tokens", x[run].n_tokens, x[0].n_tokens, x[0].n_tokens);
+        if (o->by == PATCH_BY_RESAMPLE)
+            WITHIN("partner", o->partner[run], 0, n - 1);
+        if (o->groups != NULL)
+            WITHIN("group", o->groups[run], 0, o->n_groups - 1);
+    }
+    if (s != PATCH_OK || n == 0 || n_sets == 0 || sets[n_sets] == 0)
+        return pool_end(&pool, s);
+    a.T = (size_t)x[0].n_tokens;
+    a.width = hook_width(m, (int)cells->hook, 0);
+    for (i = 0; i < n_sets; i++)
+        f.item_edits = sets[i + 1] - sets[i] > f.item_edits ? sets[i + 1] - sets[i] : f.item_edits;
+    f.x = x;
+    f.n = n;
+    f.per_example = n_sets;
+    f.bases = 2;
+    f.item_runs = 1;
+    f.metric = o->metric;
+    f.fill_bases = ablate_bases;
+    f.fill_item = ablate_item;
+    f.ctx = &a;
+    if (both == NULL)
+        s = no_memory(e, "ablate", pool.refused);
+    else if ((s = ablation_values(m, x, n, &a, &pool, e)) == PATCH_OK)
+        s = run_family(m, &f, 0, n * n_sets, values, both, NULL, NULL, stats, e);
+    for (i = 0; s == PATCH_OK && unpatched != NULL && i < n; i++)
+        unpatched[i] = both[2 * i];
+    return pool_end(&pool, s);
+}
+
+/* ---- 11.3 Path patching: ARENA's three steps, Goldowsky-Dill et al. 2023, arXiv:2304.05969 ---- */
+
+typedef struct Paths {
+    const Model *m;
+    const patch_path_options *o;
+} Paths;
+
+/* An item is a sender (layer, head). Run 0: every head's z held at the original's, the sender's taken from
+   the other run. To the final residual stream that is all; to heads, run 1 is the original with the
+   receivers' q, k or v taken from run 0. */
+static void path_item(const Family *f, size_t example, size_t item, int base, int at, patch_run *runs,
+                      patch_edit *edits) {
+    const Paths *p = f->ctx;
+    const int L = p->m->dims.n_layers, H = p->m->dims.n_heads;
+    const int original = base + f->unpatched, other = base + 1 - f->unpatched;
+    int l, n = 0;
+    size_t i;
+
+    (void)example;
+    for (l = 0; l < L; l++) {
+        copy_whole(&edits[n++], PATCH_Z, l, -1, original);
+        if (l == (int)item / H) {
+            copy_whole(&edits[n], PATCH_Z, l, -1, other);
+            edits[n++].head = (int)item % H;
+        }
+        if (p->o->freeze_mlps)
+            copy_whole(&edits[n++], PATCH_MLP_OUT, l, -1, original);
+    }
+    runs[0].edits = edits;
+    runs[0].n_edits = n;
+    if (p->o->n_receivers == 0)
+        return;
+    runs[1].edits = edits + n;
+    runs[1].n_edits = (int)p->o->n_receivers;
+    for (i = 0; i < p->o->n_receivers; i++) {
+        const patch_cell *c = &p->o->receivers[i];
+
+        copy_whole(&edits[n], c->hook, c->layer, -1, at);
+        edits[n++].head = c->head;
+    }
+}
+
+patch_status patch_paths(const patch_model *m, const patch_example *x, size_t n,
+                         const patch_path_options *o, double *values, double *unpatched,
+                         patch_stats *stats, patch_error *e) {
+    const size_t L = m->file.L, senders = L * m->file.H;
+    Family f = {0};
+    Paths p;
+    size_t i, run = 0;
+    patch_status s = check_examples(m, x, n, o->metric, 1, e);
+
+    for (i = 0; s == PATCH_OK && i < o->n_receivers; i++) {
+        WITHIN("receiver's hook point", o->receivers[i].hook, PATCH_Q, PATCH_V);
+        WITHIN("receiver's layer", o->receivers[i].layer, 0, m->dims.n_layers - 1);
+        WITHIN("receiver's head", o->receivers[i].head, 0, m->dims.n_heads - 1);
+    }
+    if (s != PATCH_OK || n == 0)
+        return s;
+    p.m = m;
+    p.o = o;
+    f.x = x;
+    f.n = n;
+    f.per_example = senders;
+    f.bases = 2;
+    f.item_runs = o->n_receivers ? 2 : 1;
+    f.item_edits = 2 * L + 1 + o->n_receivers;
+    f.unpatched = o->noising ? 0 : 1;
+    f.metric = o->metric;
+    f.fill_bases = fill_both;
+    f.fill_item = path_item;
+    f.ctx = &p;
+    return run_family(m, &f, 0, n * senders, values, unpatched, NULL, NULL, stats, e);
+}
+
+/* ---- 11.4 Direct logit attribution and the logit lens (nostalgebraist 2020) ---- */
+
+/* (row - mean) / scale . direction: what a part of the residual stream adds to the logit difference. */
+static double attribution(const float *row, size_t C, double scale, const double *direction) {
+    double mean = 0, sum = 0;
+    size_t k;
+
+    for (k = 0; k < C; k++)
+        mean += (double)row[k];
+    mean /= (double)C;
+    for (k = 0; k < C; k++)
+        sum += ((double)row[k] - mean) * direction[k];
+    return sum / scale;
+}
+
+/* The logit difference's direction in the residual stream behind LayerNorm's scaling, and its bias. */
+static int lens_direction(const Work *w, const patch_example *x, double *direction, double *other,
+                          double *bias) {
+    const ModelFile *f = &w->m->file;
+    float *ln = w->scale;
+    double minus;
+    size_t k;
+
+    if (!unembed_column(w, x->answer, direction, bias) || !unembed_column(w, x->wrong, other, &minus))
+        return 0;
+    *bias -= minus;
+    for (k = 0; k < f->C; k++)
+        direction[k] -= other[k];
+    if (w->m->steps & DID_FOLD_LN)
+        return 1;
+    if (!weights_row(f, tail_tensor(f, 0), 0, ln, w->pool->a) ||
+        !weights_row(f, tail_tensor(f, 1), 0, ln + f->C, w->pool->a))
+        return 0;
+    for (k = 0; k < f->C; k++) {
+        *bias += (double)ln[f->C + k] * direction[k];
+        direction[k] *= (double)ln[k];
+    }
+    return 1;
+}
+
+/* The reads of one example: embed, pos_embed, then a layer at a time resid_pre, attn_out, resid_mid,
+   mlp_out and result [H,C], the last resid_post, and LayerNorm's scale. */
+static size_t lens_reads(const Model *m, int pos, float *rows, patch_read *reads) {
+    static const patch_hook each[] = {PATCH_RESID_PRE, PATCH_ATTN_OUT, PATCH_RESID_MID, PATCH_MLP_OUT,
+                                      PATCH_RESULT};
+    const int L = m->dims.n_layers;
+    size_t n = 0;
+    int i;
+
+    for (i = 0; i < 5 * L + 4; i++) {
+        patch_read *r = &reads[n++];
+
+        memset(r, 0, sizeof *r);
+        r->hook = i < 2 ? (i ? PATCH_POS_EMBED : PATCH_EMBED)
+                  : i < 5 * L + 2 ? each[(i - 2) % 5]
+                  : i == 5 * L + 2 ? PATCH_RESID_POST : PATCH_LN_FINAL_SCALE;
+        r->layer = i < 2 ? 0 : i < 5 * L + 2 ? (i - 2) / 5 : L - 1;
+        r->pos = pos;
+        r->out = rows;
+        rows += hook_width(m, (int)r->hook, 0);
+    }
+    return n;
+}
+
+/* One example's parts from its reads. */
+static void lens_parts(const Model *m, const patch_read *reads, const double *direction, double bias,
+                       patch_lens *out, size_t b) {
+    const size_t C = m->file.C, L = m->file.L, H = m->file.H;
+    const double scale = (double)*reads[5 * L + 3].out;
+    double *accumulated = out->accumulated + b * (2 * L + 1), *lens = out->lens + b * (2 * L + 1);
+    double *layers = out->layers + b * (2 * L + 2), *heads = out->heads + b * (L * H + 1), sum = 0;
+    size_t l, h, i;
+
+    for (i = 0; i <= 2 * L; i++) {
+        const float *row = i == 2 * L ? reads[5 * L + 2].out : reads[2 + i / 2 * 5 + (i % 2 ? 2 : 0)].out;
+        float own;
+
+        m->kernels->norm_scale(row, C, m->file.eps, &own);
+        accumulated[i] = attribution(row, C, scale, direction);
+        lens[i] = attribution(row, C, (double)own, direction) + bias;
+    }
+    for (i = 0; i < 2; i++)
+        layers[i] = attribution(reads[i].out, C, scale, direction);
+    for (l = 0; l < L; l++) {
+        layers[2 + 2 * l] = attribution(reads[3 + 5 * l].out, C, scale, direction);
+        layers[3 + 2 * l] = attribution(reads[5 + 5 * l].out, C, scale, direction);
+        for (h = 0; h < H; h++)
+            sum += heads[l * H + h] = attribution(reads[6 + 5 * l].out + h * C, C, scale, direction);
+    }
+    heads[L * H] = accumulated[2 * L] - sum; /* the remainder: everything that is no head */
+    out->bias[b] = bias;
+    out->logit_diff[b] = accumulated[2 * L] + bias;
+}
+
+patch_status patch_logit_lens(const patch_model *m, const patch_example *x, size_t n, patch_lens *out,
+                              patch_error *e) {
+    const size_t C = m->file.C, L = m->file.L;
+    const size_t floats = (4 * L + 3) * C + L * m->file.H * C + 1;
+    patch_status s = check_examples(m, x, n, PATCH_LOGIT_DIFF, 0, e);
+    size_t b;
+
+    for (b = 0; s == PATCH_OK && b < n; b++) {
+        Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+        float *rows = pool_take(&pool, floats, sizeof *rows);
+        patch_read *reads = pool_take(&pool, 5 * L + 4, sizeof *reads);
+        double *direction = pool_take(&pool, 2 * C, sizeof *direction), bias;
+        patch_run run = {NULL, 0, NULL, 0};
+        Work w;
+
+        run.tokens = x[b].clean;
+        run.n_tokens = x[b].n_tokens;
+        if (!rows || !reads || !direction)
+            s = no_memory(e, "lens", pool.refused);
+        else if ((s = work_begin(&w, m, &pool, NULL, e)) == PATCH_OK &&
+                 !lens_direction(&w, &x[b], direction, direction + C, &bias))
+            s = unreadable(m, e);
+        if (s == PATCH_OK) {
+            const size_t n_reads = lens_reads(m, x[b].n_tokens - 1, rows, reads);
+
+            s = execute(m, &pool, &run, 1, reads, n_reads, 1, NULL, e);
+            if (s == PATCH_OK)
+                lens_parts(m, reads, direction, bias, out, b);
+        }
+        s = pool_end(&pool, s);
+    }
+    return s;
+}
+
+/* ---- 11.5 Kinds of heads: TransformerLens's detect_head ---- */
+
+/* Does destination d attending to source s count for a kind? 0 the previous token, 1 an earlier equal
+   token, 2 the token behind an earlier equal one (induction). */
+static int head_kind_detects(const int *tokens, size_t d, size_t s, int kind) {
+    return kind == 0 ? d == s + 1
+           : kind == 1 ? s < d && tokens[s] == tokens[d]
+                       : s > 0 && s - 1 < d && s <= d && tokens[s - 1] == tokens[d];
+}
+
+patch_status patch_head_kinds(const patch_model *m, const int *tokens, int n_tokens, double *scores,
+                              patch_error *e) {
+    const size_t T = (size_t)n_tokens, L = m->file.L, H = m->file.H;
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    float *patterns = pool_take(&pool, L * H * T * T, sizeof *patterns);
+    patch_read *reads = pool_take(&pool, L, sizeof *reads);
+    patch_run run = {NULL, 0, NULL, 0};
+    patch_status s;
+    size_t l, i, d;
+    int kind;
+
+    if (!patterns || !reads)
+        return pool_end(&pool, no_memory(e, "heads", pool.refused));
+    run.tokens = tokens;
+    run.n_tokens = n_tokens;
+    for (l = 0; l < L; l++) {
+        reads[l].hook = PATCH_PATTERN;
+        reads[l].layer = (int)l;
+        reads[l].pos = -1;
+        reads[l].out = patterns + l * H * T * T;
+    }
+    s = execute(m, &pool, &run, 1, reads, L, 1, NULL, e);
+    for (i = 0; s == PATCH_OK && i < L * H; i++)
+        for (kind = 0; kind < 3; kind++) {
+            const float *p = patterns + i * T * T;
+            double hit = 0, all = 0;
+
+            for (d = 0; d < T * T; d++) {
+                all += (double)p[d];
+                if (d % T <= d / T && head_kind_detects(tokens, d / T, d % T, kind))
+                    hit += (double)p[d];
+            }
+            scores[(size_t)kind * L * H + i] = hit / all;
+        }
+    return pool_end(&pool, s);
+}
+#endif /* PATCH_CORE */
+
 /* ==== 12. Writers ================================================================================ */
 
 /* One axis of a table. labels[i] are text for people (a token as "|to|_14", a head as "H3"), escaped
@@ -4682,6 +5182,7 @@ typedef struct Table {
     const char *json_tokens;   /* {"clean":[[...]],"corrupted":[[...]]}, NULL: none */
     const char *json_settings; /* a JSON object, NULL: none */
     const char *model;         /* SHA-256 in hexadecimal, NULL: none */
+    const char *json_more;     /* further members of the object, NULL: none */
     const char *json_stats;    /* a JSON object, NULL: none */
 } Table;
 
@@ -4985,6 +5486,8 @@ static void write_json(FILE *f, const Table *t) {
         fputs(",\n\"corrupted\":", f);
         json_number(f, t->corrupted);
     }
+    if (t->json_more != NULL)
+        fprintf(f, ",\n%s", t->json_more);
     json_member(f, "settings", t->json_settings, 0);
     json_member(f, "model", t->model, 1);
     json_member(f, "stats", t->json_stats, 0);
@@ -6364,7 +6867,7 @@ static void flat_begin(FlatFile *w, uint32_t type) {
     flat_zeros(w, (w->at + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     memcpy(row, x.name, 48);
     set_little(row + 48, type, 4);
-    set_little(row + 52, x.is_matrix ? 2 : 1, 4);
+    set_little(row + 52, x.rank, 4);
     set_little(row + 56, x.rows, 4);
     set_little(row + 60, x.cols, 4);
     set_little(row + 64, w->at, 8);
@@ -6487,7 +6990,8 @@ patch_status patch_model_fold(const patch_model *m, const char *path, patch_erro
     memset(&w, 0, sizeof w);
     w.file = m->file;
     w.file.processing = m->steps | DID_FOLD;
-    w.file.n_tensors = (uint32_t)(4 + m->file.L * FOLD_PER_LAYER + (m->file.untied != 0));
+    w.file.per_layer = FOLD_PER_LAYER;
+    w.file.n_tensors = 4 + m->file.L * FOLD_PER_LAYER + (m->file.untied != 0);
     w.table = pool_take(&pool, w.file.n_tensors, TABLE_ROW);
     if (!value_bias || !panels || !w.table)
         return pool_end(&pool, no_memory(e, path, pool.refused));
@@ -6609,13 +7113,174 @@ patch_status patch_model_sha256(const patch_model *m, char hex[65], patch_error 
     return ok ? PATCH_OK : unreadable(m, e);
 }
 
+/* ---- 12.11 Part files: what a killed run leaves, and what shards are joined from ----
+   A sweep's finished items are appended to a file beside its output, and the same command goes on from
+   there. The file is: a head, which says in lines "key: value" what is computed and, behind an empty
+   line, how the tables are made from it; then records, in any order, each
+        u64 first item   u64 count n   f64 values [n]   f64 unpatched [examples touched, bases]
+        u32 CRC-32 of all that
+   little-endian. A record that is cut short or damaged ends the file: it is computed again. */
+
+typedef struct Part {
+    const char *path;
+    FILE *f;
+    const char *head; /* the caller's, n_head bytes */
+    size_t n_head, n_items, per_example, bases;
+    double *values, *unpatched; /* [n_items], [examples, bases]: the caller's */
+    unsigned char *have;        /* [n_items] 1: the value is there */
+    long writes_left;           /* fault hook: die by SIGKILL at this write, 0: never */
+} Part;
+
+static uint64_t double_bits(double x) {
+    uint64_t bits;
+
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static double bits_double(uint64_t bits) {
+    double x;
+
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Bytes of a record of items first .. first + n - 1. */
+static size_t record_bytes(const Part *p, size_t first, size_t n, size_t *examples) {
+    *examples = n == 0 ? 0 : (first + n - 1) / p->per_example - first / p->per_example + 1;
+    return 16 + 8 * n + 8 * *examples * p->bases + 4;
+}
+
+/* Take over one record's numbers; 0 where it is damaged. */
+static int part_record(Part *p, const unsigned char *r, size_t left, size_t *length) {
+    const uint64_t first = left >= 16 ? get_u64(r) : 0, n = left >= 16 ? get_u64(r + 8) : 0;
+    size_t i, examples, from;
+
+    if (left < 20 || first > p->n_items || n == 0 || n > p->n_items - first)
+        return 0;
+    *length = record_bytes(p, (size_t)first, (size_t)n, &examples);
+    if (*length > left || crc32_of(0, r, *length - 4) != get_u32(r + *length - 4))
+        return 0;
+    for (i = 0; i < n; i++) {
+        p->values[first + i] = bits_double(get_u64(r + 16 + 8 * i));
+        p->have[first + i] = 1;
+    }
+    from = (size_t)first / p->per_example * p->bases;
+    for (i = 0; i < examples * p->bases; i++)
+        p->unpatched[from + i] = bits_double(get_u64(r + 16 + 8 * ((size_t)n + i)));
+    return 1;
+}
+
+/* The first line in which two heads differ, for the message that refuses. */
+static patch_status other_head(const char *path, const char *want, size_t n_want, const char *got,
+                               size_t n_got, patch_error *e) {
+    size_t i, line = 0;
+    int width;
+
+    for (i = 0; i < n_want && i < n_got && want[i] == got[i]; i++)
+        if (want[i] == '\n')
+            line = i + 1;
+    width = (int)strcspn(got + (line < n_got ? line : 0), "\n");
+    return fail(e, PATCH_E_INPUT, path,
+                "holds the part of another run (%.*s); remove it or give the settings it was made with",
+                width > 120 ? 120 : width, line < n_got ? got + line : "");
+}
+
+/* All records of a part file's bytes, behind its head; returns how many bytes are sound. */
+static size_t part_records(Part *p, const unsigned char *bytes, size_t n) {
+    size_t at = p->n_head, length;
+
+    while (at < n && part_record(p, bytes + at, n - at, &length))
+        at += length;
+    return at;
+}
+
+/* A whole file into memory of the pool, with a zero behind it; NULL with errno. */
+static unsigned char *read_whole(Pool *pool, const char *path, size_t *n) {
+    FILE *f = fopen(path, "rb");
+    unsigned char *bytes = NULL;
+    long size;
+
+    if (f == NULL)
+        return NULL;
+    if (fseek(f, 0, SEEK_END) == 0 && (size = ftell(f)) >= 0 && fseek(f, 0, SEEK_SET) == 0 &&
+        (bytes = pool_take(pool, (size_t)size + 1, 1)) != NULL)
+        *n = fread(bytes, 1, (size_t)size, f);
+    fclose(f);
+    return bytes;
+}
+
+/* Open a part file, going on with what is there. An unsound end is cut off by writing the file anew. */
+static patch_status part_open(Part *p, patch_error *e) {
+    const char *die = getenv("ACTPATCH_DIE_AT_WRITE"); /* for the tests */
+    Pool pool = pool_begin(&HEAP, SIZE_MAX / 2);
+    size_t n = 0, sound = 0;
+    unsigned char *bytes = read_whole(&pool, p->path, &n);
+    patch_status s = PATCH_OK;
+    OutFile out;
+
+    p->writes_left = die ? atol(die) : 0;
+    if (bytes != NULL && n >= p->n_head && memcmp(bytes, p->head, p->n_head) == 0)
+        sound = part_records(p, bytes, n);
+    else if (bytes != NULL && n > 0 && !(n < p->n_head && memcmp(bytes, p->head, n) == 0))
+        s = other_head(p->path, p->head, p->n_head, (const char *)bytes, n, e);
+    if (s == PATCH_OK && (sound == 0 || sound < n) && (s = out_open(&out, p->path, e)) == PATCH_OK) {
+        fwrite(sound ? (const char *)bytes : p->head, 1, sound ? sound : p->n_head, out.f);
+        s = out_close(&out, e);
+    }
+    if (s == PATCH_OK && (p->f = fopen(p->path, "ab")) == NULL)
+        s = fail(e, PATCH_E_IO, p->path, "cannot be written (%s); name another output", strerror(errno));
+    return pool_end(&pool, s);
+}
+
+/* Append items just finished: patch_cells_options.done. */
+static patch_status part_append(void *ctx, size_t first, size_t n, const double *values, patch_error *e) {
+    Part *p = ctx;
+    size_t examples, i, at = 16;
+    const size_t length = record_bytes(p, first, n, &examples), from = first / p->per_example * p->bases;
+    unsigned char *r = take(&HEAP, length, 1);
+    int ok = r != NULL;
+
+    if (!ok)
+        return no_memory(e, p->path, length);
+    set_little(r, first, 8);
+    set_little(r + 8, n, 8);
+    for (i = 0; i < n; i++, at += 8)
+        set_little(r + at, double_bits(values[i]), 8);
+    for (i = 0; i < examples * p->bases; i++, at += 8)
+        set_little(r + at, double_bits(p->unpatched[from + i]), 8);
+    set_little(r + at, crc32_of(0, r, at), 4);
+#ifdef SIGKILL
+    if (p->writes_left > 0 && --p->writes_left == 0) { /* half a record, then death */
+        fwrite(r, 1, length / 2, p->f);
+        fflush(p->f);
+        raise(SIGKILL);
+    }
+#endif
+    ok = fwrite(r, 1, length, p->f) == length && fflush(p->f) == 0;
+    give(&HEAP, r);
+    for (i = 0; i < n; i++)
+        p->have[first + i] = 1;
+    return ok ? PATCH_OK
+              : fail(e, PATCH_E_IO, p->path, "could not be written (%s); make room and run this again, "
+                     "it goes on from here", strerror(errno));
+}
+
+/* Close; with `remove_it` the whole is written elsewhere and the part not needed any more. */
+static void part_close(Part *p, int remove_it) {
+    if (p->f != NULL)
+        fclose(p->f);
+    p->f = NULL;
+    if (remove_it)
+        remove(p->path);
+}
+
 /* ==== 13. Command line ===========================================================================
    Left out where PATCH_NO_MAIN is defined. A new command is a function, its line in COMMANDS, and
    lines in OPTIONS for what it alone accepts. Nothing here is global: one App is one call. */
 
 #ifndef PATCH_NO_MAIN
 
-#include <signal.h>
 #if defined(__unix__) || defined(__APPLE__)
 #define HAS_POSIX 1
 #include <sys/ioctl.h>
@@ -6658,10 +7323,12 @@ struct App {
     const Command *command;
     List operands, outputs, answers;
     patch_options load;
-    const char *model_path, *sweeps, *names, *text;
+    const char *model_path, *sweeps, *names, *text, *heads, *to, *site, *groups, *kind, *shard;
     const char *sweep[MAX_SWEEPS]; /* the names in `sweeps`, each once */
     size_t n_sweeps;
     int metric, color, side; /* indices into METRICS (as patch_metric), COLORS, SIDES */
+    int freeze_mlps, by, keep, window, samples, severed, bos, seed;
+    double noise;
     int no_processing, no_bos, noising, normalize, per_prompt, brute, stats, verify, help;
     int k;
     double range;
@@ -6770,7 +7437,14 @@ enum {
     ON_TOP = 64,
     ON_CACHE = 128,
     ON_INFO = 256,
-    ON_ALL = 512
+    ON_HEADS = 512,
+    ON_PATH = 1024,
+    ON_ABLATE = 2048,
+    ON_TRACE = 4096,
+    ON_SEED = 8192,
+    ON_SHOWN = 16384, /* shows tables in colours */
+    ON_EACH = 32768,  /* gives examples or their mean */
+    ON_ALL = 65536
 };
 
 /* What follows an option, and how its field in App holds that. */
@@ -6797,6 +7471,7 @@ typedef struct Option {
 static const char *const METRICS[] = {"logit_diff", "logit", "prob", "logprob", "kl", "rank", NULL};
 static const char *const COLORS[] = {"auto", "always", "never", NULL};
 static const char *const SIDES[] = {"clean", "corrupted", NULL};
+static const char *const WAYS[] = {"zero", "mean", "resample", "noise", NULL}; /* as patch_by */
 
 #define FLAG(name, group, field, stores, help)                                                     \
     {name, NULL, group, TAKES_NOTHING, offsetof(App, field), stores, 0, NULL, help}
@@ -6816,15 +7491,32 @@ static const Option OPTIONS[] = {
     VALUE("--answer", "TEXT", ON_TOP, TAKES_LIST, answers, "list this token too; repeatable"),
     COUNT("-k", "N", ON_TOP, k, 0, INT_MAX, "how many tokens (default 10)"),
     FLAG("--verify", ON_INFO, verify, 1, "check every checksum in the file"),
+    VALUE("--heads", "L.H,...", ON_HEADS, TAKES_TEXT, heads, "heads as 9.6,10.0, or `all`"),
+    VALUE("--to", "L.H.q,...", ON_PATH, TAKES_TEXT, to, "receivers' q, k or v; default: final"),
+    FLAG("--freeze-mlps", ON_PATH, freeze_mlps, 1, "the direct edge only"),
+    VALUE("--site", "SWEEP", ON_ABLATE, TAKES_TEXT, site, "what to ablate, cell by cell"),
+    WORD("--by", "WAY", ON_ABLATE, by, WAYS, "zero (default), mean, resample or noise"),
+    VALUE("--groups", "COLUMN", ON_ABLATE, TAKES_TEXT, groups, "mean within rows of one value"),
+    FLAG("--keep", ON_ABLATE, keep, 1, "ablate every head but --heads"),
+    VALUE("--kind", "KIND,...", ON_TRACE, TAKES_TEXT, kind, "resid, mlp, attn (default: all)"),
+    COUNT("--window", "N", ON_TRACE, window, 1, 10000, "layers restored at once (default 10)"),
+    COUNT("--samples", "N", ON_TRACE, samples, 1, 10000, "corrupted runs (default 10)"),
+    FLAG("--severed", ON_TRACE, severed, 1, "hold mlp or attn at their corrupted values"),
+    FLAG("--bos", ON_TRACE, bos, 1, "<|endoftext|> in front of prompts"),
+    VALUE("--noise", "X", ON_TRACE | ON_ABLATE, TAKES_NUMBER, noise,
+          "in standard deviations (trace 3, ablate 1)"),
+    COUNT("--seed", "N", ON_SEED, seed, 0, INT_MAX, "of what is random (default 1)"),
     WORD("--metric", "NAME", ON_METRIC, metric, METRICS,
          "logit_diff (default), logit, prob, logprob, kl or rank"),
     FLAG("--noising", ON_SWEEP, noising, 1, "corrupted activations into the clean run"),
-    FLAG("--normalize", ON_SWEEP, normalize, 1, "0 is the unpatched run, 1 (noising -1) the other"),
-    FLAG("--per-prompt", ON_SWEEP, per_prompt, 1, "every example instead of the mean"),
+    FLAG("--normalize", ON_SWEEP | ON_ABLATE, normalize, 1,
+         "0 is the unpatched run, 1 (noising -1) the other"),
+    FLAG("--per-prompt", ON_EACH, per_prompt, 1, "every example instead of the mean"),
     FLAG("--brute", ON_PATCH, brute, 1, "a full pass a cell: the same bits, slowly"),
+    VALUE("--shard", "I/N", ON_PATCH, TAKES_TEXT, shard, "only part I of N, into FILE.part; see merge"),
     FLAG("--stats", ON_PATCH, stats, 1, "what it cost, on stderr and in .json"),
-    WORD("--color", "WHEN", ON_SWEEP, color, COLORS, "auto (default), always or never"),
-    VALUE("--range", "X", ON_SWEEP, TAKES_NUMBER, range,
+    WORD("--color", "WHEN", ON_SHOWN, color, COLORS, "auto (default), always or never"),
+    VALUE("--range", "X", ON_SHOWN, TAKES_NUMBER, range,
           "where colours end (default: at the largest value)"),
     VALUE("-o", "FILE", ON_OUTPUT, TAKES_LIST, outputs, "write a file, see above"),
     FLAG("--no-bos", ON_TEXT, no_bos, 1, "no <|endoftext|> in front of texts"),
@@ -7867,7 +8559,7 @@ static patch_status common_settings(App *app, Common *c, patch_error *e) {
     TRY(keep_text(app, &kept, e, "%s}", text));
     c->table.json_settings = kept;
     for (i = 0; i < app->outputs.n; i++)
-        if (format_of(app->outputs.items[i], app->command->formats)->names_model)
+        if (app->shard != NULL || format_of(app->outputs.items[i], app->command->formats)->names_model)
             c->table.model = c->model;
     return c->table.model != NULL ? patch_model_sha256(app->model, c->model, e) : PATCH_OK;
 }
@@ -7937,7 +8629,6 @@ typedef struct Sweeps {
     size_t *slot;                 /* [all]: which distinct cell each of them is */
     patch_cell *cells;            /* [n_cells], the distinct ones */
     size_t n_cells;
-    double *values; /* [B, n_cells] */
 } Sweeps;
 
 typedef struct Numbered {
@@ -7995,46 +8686,6 @@ static patch_status plan_sweeps(App *app, Sweeps *s, int n_tokens, patch_error *
     return share_cells(app, s, s->start[i], e);
 }
 
-static patch_status show_progress(void *ctx, size_t first, size_t count, const double *values,
-                                  patch_error *e) {
-    const size_t all = *(const size_t *)ctx, done = first + count;
-
-    (void)values, (void)e;
-    fprintf(stderr, "\r%lu of %lu cells", (unsigned long)done, (unsigned long)all);
-    if (done == all)
-        fprintf(stderr, "\r%50s\r", "");
-    return PATCH_OK;
-}
-
-/* Every distinct cell for every example, and the unpatched means. */
-static patch_status compute_sweeps(App *app, Sweeps *s, const Prompts *p, Common *c,
-                                   patch_stats *stats, patch_error *e) {
-    patch_cells_options options = {0};
-    size_t items;
-    patch_error w;
-
-    if (!size_times(p->n, s->n_cells, &items))
-        return no_memory(e, "--sweep", SIZE_MAX);
-    KEEP(s->values, items);
-    KEEP(options.unpatched, 2 * p->n);
-    options.metric = (patch_metric)app->metric;
-    options.noising = app->noising;
-    options.brute = app->brute;
-    options.done = is_terminal(2) ? show_progress : NULL;
-    options.ctx = &items;
-    TRY(patch_cells(app->model, p->examples, p->n, s->cells, s->n_cells, &options, s->values, stats,
-                    e));
-    c->table.has_baseline = 1;
-    c->table.clean = mean_of(options.unpatched, p->n, 2);
-    c->table.corrupted = mean_of(options.unpatched + 1, p->n, 2);
-    if (app->normalize && c->table.clean == c->table.corrupted) {
-        fail(&w, PATCH_OK, "--normalize", "clean and corrupted mean are both %.9g, so values are "
-             "nan or infinite; choose other prompts or another metric", c->table.clean);
-        print_message("warning: ", &w);
-    }
-    return PATCH_OK;
-}
-
 /* Kinds of an *_every sweep are called as their hook points; z is a head's output. */
 static patch_status label_kinds(App *app, const Sweeps *s, size_t sweep, Axis *axis,
                                 patch_error *e) {
@@ -8053,66 +8704,1269 @@ static patch_status label_kinds(App *app, const Sweeps *s, size_t sweep, Axis *a
     return PATCH_OK;
 }
 
-/* One sweep's table: its axes, and the values in its own order, all examples' or their means. */
-static patch_status sweep_table(App *app, const Sweeps *s, size_t sweep, const Prompts *p,
-                                const Common *c, Table *t, patch_error *e) {
-    const size_t *slot = s->slot + s->start[sweep], n = s->shape[sweep].n_cells;
-    const size_t rows = app->per_prompt ? p->n : 1;
+/* ---- 13.8 Commands: attn, heads, lens, path, ablate ------------------------------------------ */
+
+/* One head as "9.6", or with `more` as "9.6.q"; returns the bytes it takes, 0: it is none. */
+static size_t parse_head(const App *app, const char *text, int more, patch_cell *c) {
+    const patch_dims *d = patch_model_dims(app->model);
+    const size_t n = strcspn(text, ",");
+    size_t layer, head, a = parse_digits(text, n, &layer), b;
+    const char *letter, letters[] = "qkv";
+
+    if (a == 0 || a >= n || text[a] != '.' || (b = parse_digits(text + a + 1, n - a - 1, &head)) == 0 ||
+        layer >= (size_t)d->n_layers || head >= (size_t)d->n_heads)
+        return 0;
+    memset(c, 0, sizeof *c);
+    c->layer = (int)layer;
+    c->head = (int)head;
+    c->pos = c->src = -1;
+    c->hook = PATCH_Z;
+    if (!more)
+        return a + 1 + b == n ? n : 0;
+    letter = a + 1 + b + 2 == n && text[a + 1 + b] == '.' ? strchr(letters, text[n - 1]) : NULL;
+    if (letter == NULL || *letter == 0)
+        return 0;
+    c->hook = (patch_hook)(PATCH_Q + (letter - letters));
+    return n;
+}
+
+/* Heads parted by commas, or `all` of them. */
+static patch_status parse_heads(App *app, const char *list, int more, const char *option,
+                                patch_cell **cells, size_t *n, patch_error *e) {
+    const patch_dims *d = patch_model_dims(app->model);
+    const size_t every = (size_t)d->n_layers * (size_t)d->n_heads;
+    size_t i, length;
+
+    *n = 0;
+    KEEP(*cells, strlen(list) + every);
+    for (i = 0; strcmp(list, "all") == 0 && i < every; i++, (*n)++) {
+        patch_cell *c = &(*cells)[i];
+
+        c->hook = PATCH_Z;
+        c->layer = (int)(i / (size_t)d->n_heads);
+        c->head = (int)(i % (size_t)d->n_heads);
+        c->pos = c->src = -1;
+    }
+    for (; *n == 0 || (*n < every && *list == ','); (*n)++, list += length) {
+        list += *list == ',';
+        if ((length = parse_head(app, list, more, &(*cells)[*n])) == 0)
+            return fail(e, PATCH_E_INPUT, option, "no head %.*s in %d layers of %d; give them as %s",
+                        (int)strcspn(list, ","), list, d->n_layers, d->n_heads,
+                        more ? "9.6.q,10.0.k" : "9.6,10.0");
+        if (strcmp(list, "all") == 0)
+            break;
+    }
+    return PATCH_OK;
+}
+
+/* An axis with labels of its own: "L9H6" for each cell, or the words of a list. */
+static patch_status label_axis(App *app, Table *t, const char *name, size_t size,
+                               const patch_cell *cells, const char *const *words, patch_error *e) {
+    Axis *axis = &t->axis[t->rank++];
+    size_t i;
+
+    axis->name = name;
+    axis->size = size;
+    KEEP(axis->labels, size);
+    for (i = 0; i < size; i++)
+        if (words != NULL)
+            TRY(keep_text(app, &axis->labels[i], e, "%s", words[i]));
+        else
+            TRY(keep_text(app, &axis->labels[i], e, "L%dH%d", cells[i].layer, cells[i].head));
+    return PATCH_OK;
+}
+
+/* Tables that are shown, where no file is named, and written. */
+static patch_status give_tables(App *app, const Table *tables, size_t n, patch_error *e) {
+    size_t i;
+
+    for (i = 0; app->outputs.n == 0 && i < n; i++)
+        write_screen(stdout, &tables[i], screen_of(app));
+    return write_outputs(app, tables, n, e);
+}
+
+/* Values [B, n] as they are, or their means over the examples. */
+static patch_status mean_values(App *app, const double *values, size_t B, size_t n,
+                                const double **out, patch_error *e) {
+    double *mean;
+    size_t i;
+
+    *out = values;
+    if (app->per_prompt)
+        return PATCH_OK;
+    KEEP(mean, n);
+    for (i = 0; i < n; i++)
+        mean[i] = mean_of(values + i, B, n);
+    *out = mean;
+    return PATCH_OK;
+}
+
+/* Patterns [B, heads, T, T] of the clean prompts. */
+static patch_status cmd_attn(App *app, patch_error *e) {
+    const size_t H = (size_t)patch_model_dims(app->model)->n_heads;
+    patch_cell *heads = NULL;
+    patch_read *reads;
+    patch_run *runs;
+    Common c;
+    Prompts p;
+    double *values;
+    size_t n, b, i, k, T;
+
+    TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN), 0, 1, &p, e));
+    TRY(parse_heads(app, app->heads, 0, "--heads", &heads, &n, e));
+    TRY(common_begin(app, &p, &c, e));
+    T = (size_t)p.examples[0].n_tokens;
+    KEEP(runs, p.n);
+    KEEP(reads, p.n * n);
+    KEEP(values, p.n * n * T * T);
+    for (b = 0; b < p.n; b++) {
+        runs[b].tokens = p.examples[b].clean;
+        runs[b].n_tokens = (int)T;
+        for (i = 0; i < n; i++) {
+            patch_read *r = &reads[b * n + i];
+
+            r->hook = PATCH_PATTERN;
+            r->layer = heads[i].layer;
+            r->run = (int)b;
+            r->pos = -1;
+            if (i > 0 && heads[i - 1].layer == r->layer) /* one read gives a layer's every head */
+                r->out = r[-1].out;
+            else
+                KEEP(r->out, H * T * T);
+        }
+    }
+    TRY(patch_execute(app->model, runs, p.n, reads, p.n * n, NULL, e));
+    for (i = 0; i < p.n * n; i++)
+        for (k = 0; k < T * T; k++)
+            values[i * T * T + k] = (double)reads[i].out[(size_t)heads[i % n].head * T * T + k];
+    c.table.name = "pattern";
+    c.table.metric = c.table.direction = NULL;
+    add_axis(&c.table, &c, "example", p.n);
+    TRY(label_axis(app, &c.table, "head", n, heads, NULL, e));
+    add_axis(&c.table, &c, "dest", T);
+    add_axis(&c.table, &c, "src", T);
+    c.table.values = values;
+    return give_tables(app, &c.table, 1, e);
+}
+
+/* Kinds of heads on the first prompt, or on random tokens said twice. */
+static patch_status cmd_heads(App *app, patch_error *e) {
+    static const char *const kinds[] = {"previous", "duplicate", "induction"};
+    const patch_dims *d = patch_model_dims(app->model);
+    const size_t L = (size_t)d->n_layers, H = (size_t)d->n_heads;
+    const int half = d->n_ctx < 51 ? (d->n_ctx - 1) / 2 : 25, bos = !app->no_bos && d->bos >= 0;
+    Table t = {0};
+    Common c = {0};
+    Prompts p;
+    int *repeated, i, n = 2 * half + bos;
+    const int *ids;
+    double *scores;
+    Random *r;
+
+    KEEP(scores, 3 * L * H);
+    if (app->operands.n > 0) {
+        TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN), 0, 0, &p, e));
+        ids = p.examples[0].clean;
+        n = p.examples[0].n_tokens;
+    } else {
+        KEEP(repeated, (size_t)n + 2);
+        KEEP(r, 1);
+        random_seed(r, (uint32_t)app->seed);
+        repeated[0] = bos ? d->bos : 0;
+        for (i = 0; i < half; i++)
+            repeated[bos + i] = repeated[bos + half + i] = (int)(random_u32(r) % (uint32_t)d->d_vocab);
+        ids = repeated;
+        n = n > 0 ? n : 1;
+    }
+    TRY(patch_head_kinds(app->model, ids, n, scores, e));
+    t.command = t.name = "heads";
+    TRY(label_axis(app, &t, "kind", 3, NULL, kinds, e));
+    add_axis(&t, &c, "layer", L);
+    add_axis(&t, &c, "head", H);
+    t.values = scores;
+    return give_tables(app, &t, 1, e);
+}
+
+/* "0_pre", "0_mid", ..., "final_post"; "embed", "pos_embed", "0_attn_out", ...; "L0H0", ..., the rest. */
+static patch_status lens_labels(App *app, int which, size_t n, char ***labels, patch_error *e) {
+    const size_t H = (size_t)patch_model_dims(app->model)->n_heads;
+    size_t i;
+
+    KEEP(*labels, n);
+    for (i = 0; i < n; i++) {
+        const unsigned long layer = (unsigned long)(which == 2 ? i / H : which == 1 ? (i - 2) / 2 : i / 2);
+        const char *last = which == 0 ? "final_post" : "remainder";
+
+        if (which == 1)
+            TRY(keep_text(app, *labels + i, e, i == 0 ? "embed" : i == 1 ? "pos_embed" : i % 2 ? "%lu_mlp_out"
+                          : "%lu_attn_out", layer));
+        else if (i == n - 1)
+            TRY(keep_text(app, *labels + i, e, "%s", last));
+        else if (which == 0)
+            TRY(keep_text(app, *labels + i, e, i % 2 ? "%lu_mid" : "%lu_pre", layer));
+        else
+            TRY(keep_text(app, *labels + i, e, "L%luH%lu", layer, (unsigned long)(i % H)));
+    }
+    return PATCH_OK;
+}
+
+static patch_status cmd_lens(App *app, patch_error *e) {
+    static const char *const names[] = {"accumulated", "layers", "heads", "lens"};
+    const size_t L = (size_t)patch_model_dims(app->model)->n_layers;
+    const size_t H = (size_t)patch_model_dims(app->model)->n_heads;
+    const size_t sizes[] = {2 * L + 1, 2 * L + 2, L * H + 1, 2 * L + 1};
+    Table tables[4];
+    patch_lens lens;
+    char *more = NULL;
+    Common c;
+    Prompts p;
+    int i;
+
+    TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN) | NEEDS(ANSWER) | NEEDS(WRONG), 0, 0, &p, e));
+    KEEP(lens.accumulated, p.n * sizes[0]);
+    KEEP(lens.layers, p.n * sizes[1]);
+    KEEP(lens.heads, p.n * sizes[2]);
+    KEEP(lens.lens, p.n * sizes[3]);
+    KEEP(lens.bias, p.n);
+    KEEP(lens.logit_diff, p.n);
+    TRY(patch_logit_lens(app->model, p.examples, p.n, &lens, e));
+    TRY(common_begin(app, &p, &c, e));
+    TRY(keep_text(app, &more, e, "\"bias\":%.9g,\"ld\":%.9g", mean_of(lens.bias, p.n, 1),
+                  mean_of(lens.logit_diff, p.n, 1)));
+    for (i = 0; i < 4; i++) {
+        const double *all[] = {lens.accumulated, lens.layers, lens.heads, lens.lens};
+        Table *t = &tables[i];
+
+        *t = c.table;
+        t->name = names[i];
+        t->direction = NULL;
+        t->json_more = more;
+        if (app->per_prompt)
+            add_axis(t, &c, "example", p.n);
+        add_axis(t, &c, "part", sizes[i]);
+        TRY(lens_labels(app, i % 3, sizes[i], &t->axis[t->rank - 1].labels, e));
+        TRY(mean_values(app, all[i], p.n, sizes[i], &t->values, e));
+    }
+    if (app->outputs.n == 0)
+        printf("logit difference %.9g, of which b_U %.9g\n", mean_of(lens.logit_diff, p.n, 1),
+               mean_of(lens.bias, p.n, 1));
+    return give_tables(app, tables, 4, e);
+}
+
+/* (v - zero) / (clean - corrupted) of n values, as `patch` has it. */
+static void normalize(const App *app, const Common *c, double *v, size_t n) {
     const double zero = app->noising ? c->table.clean : c->table.corrupted;
-    double *values, *v;
-    size_t b, i;
+    size_t i;
+
+    for (i = 0; app->normalize && i < n; i++)
+        v[i] = (v[i] - zero) / (c->table.clean - c->table.corrupted);
+}
+
+static patch_status cmd_path(App *app, patch_error *e) {
+    const patch_dims *d = patch_model_dims(app->model);
+    const size_t L = (size_t)d->n_layers, H = (size_t)d->n_heads;
+    patch_path_options o = {(patch_metric)app->metric, app->noising, app->freeze_mlps, NULL, 0};
+    patch_cell *receivers = NULL;
+    double *values, *unpatched;
+    Common c;
+    Prompts p;
+
+    TRY(prompts_read(app, app->operands.items[0],
+                     NEEDS(CLEAN) | NEEDS(CORRUPTED) | metric_needs(app->metric), 0, 1, &p, e));
+    if (app->to != NULL && strcmp(app->to, "final") != 0) {
+        TRY(parse_heads(app, app->to, 1, "--to", &receivers, &o.n_receivers, e));
+        o.receivers = receivers;
+    }
+    KEEP(values, p.n * L * H);
+    KEEP(unpatched, 2 * p.n);
+    TRY(patch_paths(app->model, p.examples, p.n, &o, values, unpatched, NULL, e));
+    TRY(common_begin(app, &p, &c, e));
+    c.table.has_baseline = 1;
+    c.table.clean = mean_of(unpatched, p.n, 2);
+    c.table.corrupted = mean_of(unpatched + 1, p.n, 2);
+    c.table.name = "path";
+    normalize(app, &c, values, p.n * L * H);
+    if (app->per_prompt)
+        add_axis(&c.table, &c, "example", p.n);
+    add_axis(&c.table, &c, "layer", L);
+    add_axis(&c.table, &c, "head", H);
+    TRY(mean_values(app, values, p.n, L * H, &c.table.values, e));
+    return give_tables(app, &c.table, 1, e);
+}
+
+/* Number the groups that a column names; without one there is a single group. */
+static patch_status ablation_groups(App *app, const Prompts *p, patch_ablation *o, patch_error *e) {
+    const Field *fields = p->tsv.fields;
+    size_t b, k;
+    int column, *groups;
+
+    o->n_groups = 1;
+    if (app->groups == NULL)
+        return PATCH_OK;
+    TRY(tsv_column(&p->tsv, app->groups, &column, e));
+    if (column < 0)
+        return fail(e, PATCH_E_INPUT, "--groups", "no column %.60s; name one of the file's", app->groups);
+    KEEP(groups, p->n);
+    for (b = 0, o->n_groups = 0; b < p->n; b++) {
+        const Field *mine = &fields[(b + 1) * p->tsv.n_columns + (size_t)column];
+
+        for (k = 0; k < b; k++) {
+            const Field *f = &fields[(k + 1) * p->tsv.n_columns + (size_t)column];
+
+            if (f->length == mine->length && memcmp(f->text, mine->text, f->length) == 0)
+                break;
+        }
+        groups[b] = k < b ? groups[k] : o->n_groups++;
+    }
+    o->groups = groups;
+    return PATCH_OK;
+}
+
+/* Another example for each, of a seeded random order. */
+static patch_status ablation_partners(App *app, size_t n, patch_ablation *o, patch_error *e) {
+    int *partner;
+    Random *r;
+    size_t b;
+
+    KEEP(partner, n);
+    KEEP(r, 1);
+    random_seed(r, o->seed);
+    for (b = 0; b < n; b++) /* one of the n - 1 others; alone, itself */
+        partner[b] = n < 2 ? 0 : (int)((b + 1 + random_u32(r) % (n - 1)) % n);
+    o->partner = partner;
+    return PATCH_OK;
+}
+
+/* Sets of heads, for circuits: --heads are ablated together, or with --keep everything else is. */
+static patch_status head_set(App *app, patch_cell **cells, size_t *n, patch_error *e) {
+    const patch_dims *d = patch_model_dims(app->model);
+    patch_cell *named = NULL, *all = NULL;
+    size_t n_named, n_all, i, k;
+
+    TRY(parse_heads(app, app->heads, 0, "--heads", &named, &n_named, e));
+    *cells = named;
+    *n = n_named;
+    if (!app->keep)
+        return PATCH_OK;
+    TRY(parse_heads(app, "all", 0, "--heads", &all, &n_all, e));
+    KEEP(*cells, (size_t)d->n_layers * (size_t)d->n_heads);
+    for (*n = i = 0; i < n_all; i++) {
+        for (k = 0; k < n_named && (named[k].layer != all[i].layer || named[k].head != all[i].head); k++)
+            continue;
+        if (k == n_named)
+            (*cells)[(*n)++] = all[i];
+    }
+    return PATCH_OK;
+}
+
+static patch_status cmd_ablate(App *app, patch_error *e) {
+    patch_ablation o = {(patch_by)app->by, (patch_metric)app->metric, NULL, 1, NULL, app->noise, (unsigned)app->seed};
+    patch_shape shape = {0};
+    patch_cell *cells = NULL;
+    double *values, *unpatched;
+    size_t *sets, n_sets, n = 0, i;
+    Common c;
+    Prompts p;
     int k;
 
-    *t = c->table;
-    t->name = app->sweep[sweep];
+    if ((app->site != NULL) == (app->heads != NULL))
+        return fail(e, PATCH_E_USAGE, "ablate", "it wants a site or heads; give --site SWEEP or --heads 9.6,10.0");
+    TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN) | metric_needs(app->metric), 0, 1, &p, e));
+    if (app->site != NULL) {
+        TRY(patch_sweep_cells(app->model, app->site, p.examples[0].n_tokens, &shape, NULL, e));
+        KEEP(cells, shape.n_cells);
+        TRY(patch_sweep_cells(app->model, app->site, p.examples[0].n_tokens, &shape, cells, e));
+        n = shape.n_cells;
+    } else
+        TRY(head_set(app, &cells, &n, e));
+    n_sets = app->site ? n : 1;
+    KEEP(sets, n_sets + 1);
+    for (i = 0; i <= n_sets; i++)
+        sets[i] = app->site ? i : i * n;
+    KEEP(values, p.n * n_sets);
+    KEEP(unpatched, p.n);
+    TRY(ablation_groups(app, &p, &o, e));
+    TRY(ablation_partners(app, p.n, &o, e));
+    TRY(patch_ablate(app->model, p.examples, p.n, cells, sets, n_sets, &o, values, unpatched, NULL, e));
+    TRY(common_begin(app, &p, &c, e));
+    c.table.direction = NULL;
+    c.table.name = app->site ? app->site : "heads";
+    c.table.has_baseline = 1;
+    c.table.clean = mean_of(unpatched, p.n, 1);
+    c.table.corrupted = (double)NAN;
+    for (i = 0; app->normalize && i < p.n * n_sets; i++) /* minus the baseline */
+        values[i] -= app->per_prompt ? unpatched[i / n_sets] : c.table.clean;
     if (app->per_prompt)
-        add_axis(t, c, "example", p->n);
-    for (k = 0; k < s->shape[sweep].rank; k++) {
-        Axis *axis = add_axis(t, c, s->shape[sweep].axes[k], s->shape[sweep].size[k]);
+        add_axis(&c.table, &c, "example", p.n);
+    for (k = 0; k < shape.rank; k++)
+        add_axis(&c.table, &c, shape.axes[k], shape.size[k]);
+    if (app->site == NULL)
+        add_axis(&c.table, &c, "part", 1);
+    TRY(mean_values(app, values, p.n, n_sets, &c.table.values, e));
+    return give_tables(app, &c.table, 1, e);
+}
 
-        if (axis_is(axis, "kind"))
-            TRY(label_kinds(app, s, sweep, axis, e));
+/* ---- 13.9 Command: trace --------------------------------------------------------------------- */
+
+enum { TRACE_KINDS = 3, TRACE_GROUPS = 6 };
+static const char *const TRACES[] = {"resid", "mlp", "attn"};
+static const char *const GROUPS[] = {"first_subject", "middle_subject", "last_subject",
+                                     "first_subsequent", "further", "last"};
+
+typedef struct TracedFact {
+    patch_fact fact;
+    size_t line;
+    int skipped;
+    double high, low, *cells; /* [3, T, L] */
+} TracedFact;
+
+typedef struct Facts {
+    Tsv tsv;
+    TracedFact *facts; /* [n] */
+    size_t n, skipped;
+    int *subject_ids; /* of all subjects, one behind the other */
+    size_t n_subject_ids;
+    int kinds;
+} Facts;
+
+/* Bytes of the first n tokens. */
+static size_t bytes_before(const App *app, const int *ids, size_t n) {
+    size_t i, length, sum = 0;
+
+    for (i = 0; i < n; i++) {
+        patch_token(app->model, ids[i], &length);
+        sum += length;
     }
-    KEEP(values, rows * n);
-    for (b = 0, v = values; b < rows; b++)
-        for (i = 0; i < n; i++, v++) {
-            *v = app->per_prompt ? s->values[b * s->n_cells + slot[i]]
-                                 : mean_of(s->values + slot[i], p->n, s->n_cells);
-            if (app->normalize)
-                *v = (*v - zero) / (c->table.clean - c->table.corrupted);
+    return sum;
+}
+
+/* The tokens that the subject's first match in the text lies in. */
+static patch_status find_subject(App *app, const Field *prompt, const Field *subject, patch_fact *f,
+                                 int bos, const char *place, patch_error *e) {
+    size_t at;
+
+    for (at = 0; at + subject->length <= prompt->length; at++)
+        if (memcmp(prompt->text + at, subject->text, subject->length) == 0)
+            break;
+    if (subject->length == 0 || at + subject->length > prompt->length)
+        return fail(e, PATCH_E_INPUT, place, "the subject does not stand in its prompt; correct one of them");
+    for (f->begin = bos; bytes_before(app, f->tokens + bos, (size_t)(f->begin + 1 - bos)) <= at;)
+        f->begin++;
+    for (f->end = f->begin + 1;
+         bytes_before(app, f->tokens + bos, (size_t)(f->end - bos)) < at + subject->length;)
+        f->end++;
+    return PATCH_OK;
+}
+
+/* The model's most likely token behind the prompt; a fact with another attribute is skipped. */
+static patch_status fact_answer(App *app, TracedFact *t, const Field *attribute, patch_error *e) {
+    const Scored *list = NULL;
+    const char *token;
+    size_t n, lead = 0;
+
+    TRY(final_logits(app, t->fact.tokens, (size_t)t->fact.n_tokens, &list, e));
+    t->fact.answer = list[0].id;
+    token = patch_token(app->model, list[0].id, &n);
+    while (lead < n && (token[lead] == ' ' || token[lead] == '\n' || token[lead] == '\t'))
+        lead++;
+    while (n > lead && (token[n - 1] == ' ' || token[n - 1] == '\n' || token[n - 1] == '\t'))
+        n--;
+    t->skipped = attribute != NULL && attribute->length > 0 &&
+                 (attribute->length != n - lead || memcmp(attribute->text, token + lead, n - lead) != 0);
+    return PATCH_OK;
+}
+
+static patch_status read_facts(App *app, Facts *f, patch_error *e) {
+    int prompt, subject, attribute, bos = app->bos && !app->no_bos;
+    char place[PLACE_ROOM];
+    size_t row, n;
+
+    TRY(tsv_read(app, &f->tsv, app->operands.items[0], e));
+    TRY(tsv_column(&f->tsv, "prompt", &prompt, e));
+    TRY(tsv_column(&f->tsv, "subject", &subject, e));
+    TRY(tsv_column(&f->tsv, "attribute", &attribute, e));
+    if (prompt < 0 || subject < 0)
+        return fail(e, PATCH_E_INPUT, f->tsv.path, "no column %s; the first line names prompt, subject and "
+                    "attribute", prompt < 0 ? "prompt" : "subject");
+    f->n = f->tsv.n_rows;
+    KEEP(f->facts, f->n);
+    for (row = 0; row < f->n; row++) {
+        const Field *fields = &f->tsv.fields[(row + 1) * f->tsv.n_columns];
+        TracedFact *t = &f->facts[row];
+        const int *ids = NULL, *subject_ids = NULL;
+        int *joined;
+
+        tsv_place(&f->tsv, row + 1, place);
+        t->line = f->tsv.lines[row + 1];
+        TRY(encode(app, fields[prompt].text, fields[prompt].length, bos, &ids, &n, e));
+        TRY(check_ids(app, ids, n, 0, "prompt", place, e));
+        t->fact.tokens = ids;
+        t->fact.n_tokens = (int)n;
+        TRY(find_subject(app, &fields[prompt], &fields[subject], &t->fact, bos, place, e));
+        TRY(encode(app, fields[subject].text, fields[subject].length, 0, &subject_ids, &n, e));
+        KEEP(joined, f->n_subject_ids + n);
+        if (f->n_subject_ids > 0)
+            memcpy(joined, f->subject_ids, f->n_subject_ids * sizeof *joined);
+        memcpy(joined + f->n_subject_ids, subject_ids, n * sizeof *joined);
+        pool_give(&app->pool, f->subject_ids);
+        f->subject_ids = joined;
+        f->n_subject_ids += n;
+        TRY(fact_answer(app, t, attribute < 0 ? NULL : &fields[attribute], e));
+        f->skipped += (size_t)t->skipped;
+    }
+    return PATCH_OK;
+}
+
+/* Is token i of a fact in a group? A token of a one-token subject is both first and last. */
+static int in_group(const patch_fact *f, int i, int group) {
+    switch (group) {
+    case 0: return i == f->begin;
+    case 1: return i > f->begin && i < f->end - 1;
+    case 2: return i == f->end - 1;
+    case 3: return i == f->end && i < f->n_tokens;
+    case 4: return i > f->end && i < f->n_tokens - 1;
+    default: return i == f->n_tokens - 1;
+    }
+}
+
+/* AIE: the mean over all facts' tokens of a group, less the mean low, and 1.96 standard errors. */
+static void group_average(const Facts *f, int kind, int group, size_t layer, size_t L, double *mean,
+                          double *band) {
+    double sum = 0, square = 0, low = 0, n = 0, facts = 0;
+    size_t k;
+    int i;
+
+    for (k = 0; k < f->n; k++) {
+        const TracedFact *t = &f->facts[k];
+        const size_t T = (size_t)t->fact.n_tokens;
+
+        if (t->skipped)
+            continue;
+        facts++;
+        low += t->low;
+        for (i = 0; i < t->fact.n_tokens; i++)
+            if (in_group(&t->fact, i, group)) {
+                const double v = t->cells[((size_t)kind * T + (size_t)i) * L + layer];
+
+                n++;
+                sum += v;
+                square += v * v;
+            }
+    }
+    *mean = n > 0 ? sum / n - low / facts : (double)NAN;
+    *band = n > 0 ? 1.96 * sqrt(fabs(square / n - sum / n * (sum / n))) / sqrt(facts) : (double)NAN;
+}
+
+static void json_numbers(FILE *f, const double *v, size_t n) {
+    size_t i;
+
+    for (i = 0; i < n; i++) {
+        fputs(i ? "," : "[", f);
+        json_number(f, v[i]);
+    }
+    fputc(']', f);
+}
+
+/* One fact's JSON. */
+static void json_fact(FILE *f, const App *app, const Facts *facts, const TracedFact *t, size_t L) {
+    const size_t T = (size_t)t->fact.n_tokens;
+    const char *text;
+    size_t i, n;
+    int kind, first = 1;
+
+    fprintf(f, "{\"line\":%lu,\"tokens\":", (unsigned long)t->line);
+    for (i = 0; i < T; i++) {
+        fputs(i ? "," : "[", f);
+        text = patch_token(app->model, t->fact.tokens[i], &n);
+        json_string(f, text, n);
+    }
+    fprintf(f, "],\"subject\":[%d,%d],\"answer\":", t->fact.begin, t->fact.end);
+    text = patch_token(app->model, t->fact.answer, &n);
+    json_string(f, text, n);
+    fputs(",\"high\":", f);
+    json_number(f, t->high);
+    fputs(",\"low\":", f);
+    json_number(f, t->low);
+    fputs(",\"kinds\":{", f);
+    for (kind = 0; kind < TRACE_KINDS; kind++) {
+        if (!(facts->kinds >> kind & 1))
+            continue;
+        fprintf(f, "%s\"%s\":[", first ? "" : ",", TRACES[kind]);
+        for (first = 0, i = 0; i < T; i++) {
+            fputs(i ? "," : "", f);
+            json_numbers(f, t->cells + ((size_t)kind * T + i) * L, L);
         }
-    t->values = values;
+        fputc(']', f);
+    }
+    fputs("}}", f);
+}
+
+static patch_status write_trace_json(const App *app, const Facts *facts, const char *path, patch_error *e) {
+    const size_t L = (size_t)patch_model_dims(app->model)->n_layers;
+    int kind, group, which, first = 1;
+    OutFile o;
+    size_t k, l;
+
+    TRY(out_open(&o, path, e));
+    fputs("{\"command\":\"trace\",\"facts\":[", o.f);
+    for (k = 0; k < facts->n; k++)
+        if (!facts->facts[k].skipped) {
+            fputs(first ? "\n" : ",\n", o.f);
+            first = 0;
+            json_fact(o.f, app, facts, &facts->facts[k], L);
+        }
+    fprintf(o.f, "],\n\"skipped\":%lu,\"averages\":{", (unsigned long)facts->skipped);
+    for (kind = 0, first = 1; kind < TRACE_KINDS; kind++) {
+        if (!(facts->kinds >> kind & 1))
+            continue;
+        fprintf(o.f, "%s\n\"%s\":{", first ? "" : ",", TRACES[kind]);
+        for (first = group = 0; group < TRACE_GROUPS; group++)
+            for (which = 0; which < 2; which++) {
+                if (which)
+                    fputs(",\"band\":[", o.f);
+                else
+                    fprintf(o.f, "%s\"%s\":{\"mean\":[", group ? "," : "", GROUPS[group]);
+                for (l = 0; l < L; l++) {
+                    double found[2];
+
+                    group_average(facts, kind, group, l, L, &found[0], &found[1]);
+                    fputs(l ? "," : "", o.f);
+                    json_number(o.f, found[which]);
+                }
+                fputs(which ? "]}" : "]", o.f);
+            }
+        fputc('}', o.f);
+    }
+    fputs("}}\n", o.f);
+    return out_close(&o, e);
+}
+
+/* A fact's table [kind, pos, layer], or the averages' [kind, group, layer]. */
+static patch_status trace_table(App *app, const Facts *f, const TracedFact *t, Table *table, patch_error *e) {
+    const size_t L = (size_t)patch_model_dims(app->model)->n_layers;
+    const size_t rows = t ? (size_t)t->fact.n_tokens : TRACE_GROUPS;
+    const char *words[TRACE_KINDS];
+    size_t n = 0, i, l, length;
+    double *values, band;
+    int kind;
+
+    KEEP(values, TRACE_KINDS * rows * L);
+    memset(table, 0, sizeof *table);
+    table->command = "trace";
+    table->name = t ? "trace" : "averages";
+    table->metric = METRICS[PATCH_PROB];
+    table->values = values;
+    table->range = app->range;
+    for (kind = 0; kind < TRACE_KINDS; kind++) {
+        if (!(f->kinds >> kind & 1))
+            continue;
+        for (i = 0; i < rows; i++)
+            for (l = 0; l < L; l++)
+                if (t != NULL)
+                    values[(n * rows + i) * L + l] = t->cells[((size_t)kind * rows + i) * L + l];
+                else
+                    group_average(f, kind, (int)i, l, L, &values[(n * rows + i) * L + l], &band);
+        words[n++] = TRACES[kind];
+    }
+    TRY(label_axis(app, table, "kind", n, NULL, words, e));
+    if (t == NULL)
+        TRY(label_axis(app, table, "group", TRACE_GROUPS, NULL, GROUPS, e));
+    else {
+        Axis *axis = &table->axis[table->rank++];
+
+        axis->name = "pos";
+        axis->size = rows;
+        KEEP(axis->labels, rows);
+        for (i = 0; i < rows; i++) {
+            const char *token = patch_token(app->model, t->fact.tokens[i], &length);
+
+            TRY(keep_text(app, &axis->labels[i], e, "%.*s%s", (int)length, token,
+                          (int)i >= t->fact.begin && (int)i < t->fact.end ? "*" : ""));
+        }
+        table->has_baseline = 1;
+        table->clean = t->high;
+        table->corrupted = t->low;
+    }
+    table->axis[table->rank].name = "layer";
+    table->axis[table->rank++].size = L;
+    return PATCH_OK;
+}
+
+/* --kind resid,mlp,attn as bits. */
+static patch_status trace_kinds(const App *app, int *kinds, patch_error *e) {
+    const char *list = app->kind ? app->kind : "resid,mlp,attn";
+    int k;
+
+    for (*kinds = 0; *list != 0; list += *list == ',') {
+        const size_t n = strcspn(list, ",");
+
+        for (k = 0; k < TRACE_KINDS && (strlen(TRACES[k]) != n || memcmp(TRACES[k], list, n) != 0); k++)
+            continue;
+        if (k == TRACE_KINDS)
+            return fail(e, PATCH_E_USAGE, "--kind", "unknown kind %.*s; choose resid, mlp or attn", (int)n, list);
+        *kinds |= 1 << k;
+        list += n;
+    }
+    return PATCH_OK;
+}
+
+static patch_status cmd_trace(App *app, patch_error *e) {
+    const size_t L = (size_t)patch_model_dims(app->model)->n_layers;
+    patch_trace_options o = {app->samples, app->window, app->severed, 0, 0, PATCH_PROB};
+    Facts f = {0};
+    Table table;
+    size_t i, known = 0, last = 0;
+
+    TRY(trace_kinds(app, &f.kinds, e));
+    TRY(read_facts(app, &f, e));
+    TRY(patch_trace_sigma(app->model, f.subject_ids, f.n_subject_ids, app->noise, &o.sigma, e));
+    o.kinds = f.kinds;
+    for (i = 0; i < f.n; i++) {
+        TracedFact *t = &f.facts[i];
+
+        if (t->skipped)
+            continue;
+        KEEP(t->cells, TRACE_KINDS * (size_t)t->fact.n_tokens * L);
+        TRY(patch_trace(app->model, &t->fact, &o, &t->high, &t->low, t->cells, NULL, e));
+        known++;
+        last = i;
+        if (is_terminal(2) && f.n > 1)
+            fprintf(stderr, i + 1 < f.n ? "\r%lu of %lu facts\x1b[K" : "\r\x1b[K", (unsigned long)(i + 1),
+                    (unsigned long)f.n);
+    }
+    if (known == 0)
+        return fail(e, PATCH_E_INPUT, f.tsv.path, "the model knows none of the %lu facts; leave their "
+                    "attribute empty or give others", (unsigned long)f.n);
+    TRY(trace_table(app, &f, f.n == 1 ? &f.facts[last] : NULL, &table, e));
+    for (i = 0; i < app->outputs.n; i++) {
+        const char *path = app->outputs.items[i], *dot = strrchr(path, '.');
+
+        if (dot != NULL && strcmp(dot, ".json") == 0)
+            TRY(write_trace_json(app, &f, path, e));
+        else if (dot != NULL && strcmp(dot, ".npy") == 0 && f.n > 1)
+            return fail(e, PATCH_E_INPUT, path, ".npy holds one fact, not %lu; write .json", (unsigned long)f.n);
+        else
+            TRY(write_tables(path, app->command->formats, &table, 1, e));
+    }
+    if (app->outputs.n == 0)
+        write_screen(stdout, &table, screen_of(app));
+    return PATCH_OK;
+}
+
+/* ---- 13.11 Part files of sweeps: resuming, shards, merge --------------------------------------
+   The head of a part file holds, in lines, all that a sweep's values depend on, and behind an empty line
+   the tables without their values, so that `merge` needs neither model nor prompts. */
+
+/* A string that grows; once memory is out, `failed` is set and nothing more happens. */
+typedef struct Text {
+    char *bytes;
+    size_t length, room;
+    int failed;
+} Text;
+
+static void text_free(Text *t) {
+    give(&HEAP, t->bytes);
+    memset(t, 0, sizeof *t);
+}
+
+static void text_add(Text *t, const char *format, ...) {
+    va_list values;
+    size_t n;
+    char *larger;
+
+    va_start(values, format);
+    n = (size_t)vsnprintf(NULL, 0, format, values);
+    va_end(values);
+    if (!t->failed && t->length + n + 1 > t->room) {
+        larger = take(&HEAP, 2 * (t->length + n + 1), 1);
+        t->failed = larger == NULL;
+        if (larger != NULL && t->length > 0)
+            memcpy(larger, t->bytes, t->length);
+        if (larger != NULL) {
+            give(&HEAP, t->bytes);
+            t->bytes = larger;
+            t->room = 2 * (t->length + n + 1);
+        }
+    }
+    if (t->failed)
+        return;
+    va_start(values, format);
+    vsnprintf(t->bytes + t->length, t->room - t->length, format, values);
+    va_end(values);
+    t->length += n;
+}
+
+enum { PART_LENGTH = 22, PART_SHARD = 33 }; /* where the head's length and the line `shard` stand */
+
+/* What a part's tables are made from: the shape of the work and the tables, values NULL. */
+typedef struct Skeleton {
+    size_t n, n_cells, n_tables;  /* examples, distinct cells */
+    int per_prompt, normalize, noising;
+    Table *tables;                /* [n_tables] */
+    const size_t **slots;         /* [n_tables]: which cell each of a table's is */
+} Skeleton;
+
+/* Texts as "length:bytes,", numbers as "number,": netstrings, more or less. NULL is "-,". */
+static void put_string(Text *t, const char *s) {
+    if (s == NULL)
+        text_add(t, "-,");
+    else
+        text_add(t, "%lu:%s,", (unsigned long)strlen(s), s);
+}
+
+static void put_count(Text *t, size_t n) {
+    text_add(t, "%lu,", (unsigned long)n);
+}
+
+static void put_table(Text *text, const Table *t, const size_t *slots) {
+    const char *strings[] = {t->command, t->name, t->metric, t->direction, t->json_tokens,
+                             t->json_settings, t->model};
+    size_t i, n = 1;
+    int k;
+
+    for (i = 0; i < sizeof strings / sizeof *strings; i++)
+        put_string(text, strings[i]);
+    put_count(text, (size_t)t->rank);
+    for (k = 0; k < t->rank; k++) {
+        put_string(text, t->axis[k].name);
+        put_count(text, t->axis[k].size);
+        put_count(text, t->axis[k].labels != NULL);
+        for (i = 0; t->axis[k].labels != NULL && i < t->axis[k].size; i++)
+            put_string(text, t->axis[k].labels[i]);
+        n *= axis_is(&t->axis[k], "example") ? 1 : t->axis[k].size;
+    }
+    put_count(text, t->n_tokens);
+    for (i = 0; i < t->n_tokens; i++) { /* tokens are any bytes: in hexadecimal */
+        size_t j;
+
+        for (j = 0; j < t->token_bytes[i]; j++)
+            text_add(text, "%02x", (unsigned)(unsigned char)t->tokens[i][j]);
+        text_add(text, ",");
+    }
+    put_count(text, n);
+    for (i = 0; i < n; i++)
+        put_count(text, slots[i]);
+}
+
+/* Reads what the functions above wrote; after a fault everything is empty and `bad` is set. */
+typedef struct Reader {
+    App *app;
+    const char *at, *end;
+    int bad;
+} Reader;
+
+static size_t get_count(Reader *r, size_t most) {
+    size_t n = 0;
+    const size_t used = parse_digits(r->at, (size_t)(r->end - r->at), &n);
+
+    if (r->bad || used == 0 || r->at + used >= r->end || (r->at[used] != ',' && r->at[used] != ':') ||
+        n > most) {
+        r->bad = 1;
+        return 0;
+    }
+    r->at += used + 1;
+    return n;
+}
+
+static char *get_string(Reader *r) {
+    size_t n;
+    char *s;
+
+    if (r->end - r->at >= 2 && r->at[0] == '-' && r->at[1] == ',') {
+        r->at += 2;
+        return NULL;
+    }
+    n = get_count(r, (size_t)(r->end - r->at));
+    if (r->bad || n >= (size_t)(r->end - r->at) || (s = pool_take(&r->app->pool, n + 1, 1)) == NULL) {
+        r->bad = 1;
+        return NULL;
+    }
+    memcpy(s, r->at, n);
+    r->at += n + 1;
+    return s;
+}
+
+static int hex_digit(char c) {
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+}
+
+/* One token: bytes up to a comma. */
+static const char *get_token(Reader *r, size_t *n) {
+    const char *comma = memchr(r->at, ',', (size_t)(r->end - r->at));
+    size_t i;
+    char *s = NULL;
+
+    *n = comma == NULL ? 0 : (size_t)(comma - r->at) / 2;
+    if (comma == NULL || (s = pool_take(&r->app->pool, *n + 1, 1)) == NULL) {
+        r->bad = 1;
+        return "";
+    }
+    for (i = 0; i < *n; i++)
+        s[i] = (char)(hex_digit(r->at[2 * i]) * 16 + hex_digit(r->at[2 * i + 1]));
+    r->at = comma + 1;
+    return s;
+}
+
+static void get_table(Reader *r, Table *t, const size_t **slots, size_t n_cells) {
+    const size_t left = (size_t)(r->end - r->at);
+    const char **strings[] = {&t->command, &t->name, &t->metric, &t->direction, &t->json_tokens,
+                              &t->json_settings, &t->model};
+    size_t i, n = 1, *slot;
+    int k, rank;
+
+    for (i = 0; i < sizeof strings / sizeof *strings; i++)
+        *strings[i] = get_string(r);
+    rank = (int)get_count(r, 6);
+    for (k = 0; k < rank && !r->bad; k++) {
+        Axis *axis = &t->axis[k];
+
+        axis->name = get_string(r);
+        axis->size = get_count(r, left);
+        if (axis->name == NULL)
+            r->bad = 1;
+        else if (get_count(r, 1)) {
+            axis->labels = pool_take(&r->app->pool, axis->size, sizeof *axis->labels);
+            for (i = 0; axis->labels != NULL && i < axis->size && !r->bad; i++)
+                if ((axis->labels[i] = get_string(r)) == NULL)
+                    r->bad = 1;
+            r->bad |= axis->labels == NULL;
+        }
+        if (!r->bad && !axis_is(axis, "example") && !size_times(n, axis->size, &n))
+            r->bad = 1;
+    }
+    t->rank = rank;
+    t->n_tokens = get_count(r, left);
+    t->tokens = pool_take(&r->app->pool, t->n_tokens, sizeof *t->tokens);
+    t->token_bytes = pool_take(&r->app->pool, t->n_tokens, sizeof *t->token_bytes);
+    r->bad |= t->tokens == NULL || t->token_bytes == NULL;
+    for (i = 0; i < t->n_tokens && !r->bad; i++)
+        ((const char **)(uintptr_t)t->tokens)[i] = get_token(r, &((size_t *)(uintptr_t)t->token_bytes)[i]);
+    r->bad |= get_count(r, left) != n || n > left;
+    slot = r->bad ? NULL : pool_take(&r->app->pool, n, sizeof *slot);
+    for (i = 0; slot != NULL && i < n; i++)
+        slot[i] = get_count(r, n_cells - 1);
+    r->bad |= slot == NULL;
+    *slots = slot;
+}
+
+/* The tables' values from all items' and the unpatched ones. */
+static patch_status fill_tables(App *app, Skeleton *k, const double *values, const double *unpatched,
+                                patch_error *e) {
+    const double clean = mean_of(unpatched, k->n, 2), corrupted = mean_of(unpatched + 1, k->n, 2);
+    const double zero = k->noising ? clean : corrupted;
+    size_t i, b, c;
+
+    for (i = 0; i < k->n_tables; i++) {
+        Table *t = &k->tables[i];
+        const size_t rows = k->per_prompt ? k->n : 1, n = table_size(t) / rows;
+        double *v;
+
+        KEEP(v, rows * n);
+        t->values = v;
+        t->normalized = k->normalize;
+        t->has_baseline = 1;
+        t->clean = clean;
+        t->corrupted = corrupted;
+        t->range = app->range;
+        for (b = 0; b < rows; b++)
+            for (c = 0; c < n; c++, v++) {
+                *v = k->per_prompt ? values[b * k->n_cells + k->slots[i][c]]
+                                   : mean_of(values + k->slots[i][c], k->n, k->n_cells);
+                if (k->normalize)
+                    *v = (*v - zero) / (clean - corrupted);
+            }
+    }
+    return PATCH_OK;
+}
+
+/* The head of a part file: settings by line, then the skeleton. */
+static patch_status part_head(App *app, const Skeleton *k, const Prompts *p, const char *shard, Text *text,
+                              patch_error *e) {
+    const ModelFile *f = &app->model->file;
+    Sha256 h;
+    char prompts[65], model[65], length[11];
+    size_t i;
+
+    sha256_begin(&h);
+    for (i = 0; i < p->n; i++) {
+        const patch_example *x = &p->examples[i];
+        const int numbers[] = {x->n_tokens, x->answer, x->wrong};
+
+        sha256_add(&h, numbers, sizeof numbers);
+        sha256_add(&h, x->clean, (size_t)x->n_tokens * sizeof(int));
+        sha256_add(&h, x->corrupted, (size_t)x->n_tokens * sizeof(int));
+    }
+    sha256_end(&h, prompts);
+    sha256_begin(&h);
+    sha256_add(&h, f->front, f->tokenizer_at + f->tokenizer_bytes); /* holds every tensor's checksum */
+    sha256_end(&h, model);
+    text_add(text, "actpatch part 1\nhead: 0000000000\nshard: %s\nmodel: %s\nprompts: %s\nsettings: %s\nkernels: %s\n"
+             "sweeps: %s\nmetric: %s\nnoising: %d\nnormalize: %d\nper-prompt: %d\nexamples: %lu\n"
+             "cells: %lu\ntables: %lu\n\n", shard, model, prompts, k->tables[0].json_settings,
+             patch_model_dims(app->model)->kernels, app->sweeps, METRICS[app->metric], k->noising,
+             k->normalize, k->per_prompt, (unsigned long)k->n, (unsigned long)k->n_cells,
+             (unsigned long)k->n_tables);
+    for (i = 0; i < k->n_tables; i++)
+        put_table(text, &k->tables[i], k->slots[i]);
+    snprintf(length, sizeof length, "%010lu", (unsigned long)text->length);
+    if (!text->failed)
+        memcpy(text->bytes + PART_LENGTH, length, 10);
+    return text->failed ? no_memory(e, "part", text->length) : PATCH_OK;
+}
+
+/* I/N of --shard: items first .. end - 1 of all. */
+static patch_status shard_range(const App *app, size_t items, size_t *first, size_t *end, patch_error *e) {
+    size_t i = 1, n = 1, used;
+
+    if (app->shard != NULL) {
+        used = parse_digits(app->shard, strlen(app->shard), &i);
+        if (used == 0 || app->shard[used] != '/' || !parse_size(app->shard + used + 1, 0, &n) || i < 1 || i > n ||
+            n > 1000000)
+            return fail(e, PATCH_E_USAGE, "--shard", "%.40s is no shard; give I/N with I from 1 to N", app->shard);
+    }
+    *first = items / n * (i - 1) + (items % n < i - 1 ? items % n : i - 1);
+    *end = *first + items / n + (i <= items % n);
+    return PATCH_OK;
+}
+
+/* What is told while a sweep goes on: to the part file, and to who waits. */
+typedef struct Progress {
+    Part *part; /* NULL: none */
+    size_t done, all;
+    double started;
+} Progress;
+
+/* patch_cells_options.done: append to the part file; after a second show cells, rate and time left. */
+static patch_status sweep_progress(void *ctx, size_t first, size_t n, const double *values, patch_error *e) {
+    Progress *p = ctx;
+    const double seconds = now() - p->started;
+
+    p->done += n;
+    if (is_terminal(2) && seconds > 1)
+        fprintf(stderr, p->done < p->all ? "\r%lu of %lu cells, %.0f a second, %.0f s left\x1b[K" : "\r\x1b[K",
+                (unsigned long)p->done, (unsigned long)p->all, (double)p->done / seconds,
+                (double)(p->all - p->done) * seconds / (double)p->done);
+    return p->part ? part_append(p->part, first, n, values, e) : PATCH_OK;
+}
+
+/* Compute the items first .. end - 1 that the part does not have yet. */
+static patch_status compute_items(App *app, Sweeps *s, const Prompts *p, Part *part, int with_file, size_t first,
+                                  size_t end, patch_stats *stats, patch_error *e) {
+    patch_cells_options o = {0};
+    Progress progress;
+    size_t at, next;
+
+    o.metric = (patch_metric)app->metric;
+    o.noising = app->noising;
+    o.brute = app->brute;
+    o.unpatched = part->unpatched;
+    o.done = sweep_progress;
+    o.ctx = &progress;
+    progress.part = with_file ? part : NULL;
+    progress.done = 0;
+    progress.all = 0;
+    progress.started = now();
+    for (at = first; at < end; at++)
+        progress.all += part->have[at] == 0;
+    for (at = first; at < end; at = next) {
+        for (next = at; next < end && part->have[next] == part->have[at]; next++)
+            continue;
+        o.first = at;
+        o.count = next - at;
+        if (!part->have[at])
+            TRY(patch_cells(app->model, p->examples, p->n, s->cells, s->n_cells, &o, part->values, stats, e));
+    }
+    return PATCH_OK;
+}
+
+/* The tables of the sweeps without their values. */
+static patch_status sweep_skeleton(App *app, const Sweeps *s, const Prompts *p, const Common *c, Skeleton *k,
+                                   patch_error *e) {
+    size_t i;
+    int a;
+
+    k->n = p->n;
+    k->n_cells = s->n_cells;
+    k->n_tables = app->n_sweeps;
+    k->per_prompt = app->per_prompt;
+    k->normalize = app->normalize;
+    k->noising = app->noising;
+    KEEP(k->tables, k->n_tables);
+    KEEP(k->slots, k->n_tables);
+    for (i = 0; i < k->n_tables; i++) {
+        Table *t = &k->tables[i];
+
+        *t = c->table;
+        t->name = app->sweep[i];
+        k->slots[i] = s->slot + s->start[i];
+        if (app->per_prompt)
+            add_axis(t, c, "example", p->n);
+        for (a = 0; a < s->shape[i].rank; a++) {
+            Axis *axis = add_axis(t, c, s->shape[i].axes[a], s->shape[i].size[a]);
+
+            if (axis_is(axis, "kind"))
+                TRY(label_kinds(app, s, i, axis, e));
+        }
+    }
     return PATCH_OK;
 }
 
 static patch_status cmd_patch(App *app, patch_error *e) {
+    const char *out = app->outputs.n > 0 ? app->outputs.items[0] : "-";
+    const int with_file = strcmp(out, "-") != 0 && !app->brute;
     Sweeps s = {0};
+    Skeleton k = {0};
     patch_stats stats = {0};
+    Part part = {0};
+    Text head = {0};
     Common c;
     Prompts p;
-    Table *tables;
-    size_t i;
+    char *path = NULL;
+    size_t i, first = 0, end = 0;
+    patch_status status;
 
+    if (app->shard != NULL && (!with_file || app->stats))
+        return fail(e, PATCH_E_USAGE, "--shard", "a shard goes into FILE.part, without --stats or --brute; give -o FILE");
     TRY(prompts_read(app, app->operands.items[0],
                      NEEDS(CLEAN) | NEEDS(CORRUPTED) | metric_needs(app->metric), 0, 1, &p, e));
     TRY(plan_sweeps(app, &s, p.examples[0].n_tokens, e));
     TRY(common_begin(app, &p, &c, e));
-    TRY(compute_sweeps(app, &s, &p, &c, &stats, e));
-    if (app->stats)
-        TRY(common_stats(app, &stats, &c, e));
-    KEEP(tables, app->n_sweeps);
-    for (i = 0; i < app->n_sweeps; i++) {
-        TRY(sweep_table(app, &s, i, &p, &c, &tables[i], e));
-        if (app->outputs.n == 0)
-            write_screen(stdout, &tables[i], screen_of(app));
+    TRY(sweep_skeleton(app, &s, &p, &c, &k, e));
+    if (!size_times(p.n, s.n_cells, &part.n_items))
+        return no_memory(e, "--sweep", SIZE_MAX);
+    KEEP(part.values, part.n_items);
+    KEEP(part.have, part.n_items);
+    KEEP(part.unpatched, 2 * p.n);
+    TRY(shard_range(app, part.n_items, &first, &end, e));
+    if (with_file) {
+        TRY(keep_text(app, &path, e, "%s.part", out));
+        part.path = path;
+        part.per_example = s.n_cells;
+        part.bases = 2;
+        status = part_head(app, &k, &p, app->shard ? app->shard : "1/1", &head, e);
+        part.head = head.bytes;
+        part.n_head = head.length;
+        if (status == PATCH_OK)
+            status = part_open(&part, e);
+        text_free(&head);
+        TRY(status);
     }
-    TRY(write_outputs(app, tables, app->n_sweeps, e));
-    if (app->stats)
+    status = compute_items(app, &s, &p, &part, with_file, first, end, &stats, e);
+    if (status != PATCH_OK || app->shard != NULL) {
+        part_close(&part, 0);
+        return status;
+    }
+    if (app->stats) {
+        TRY(common_stats(app, &stats, &c, e));
+        for (i = 0; i < k.n_tables; i++)
+            k.tables[i].json_stats = c.table.json_stats;
+    }
+    TRY(fill_tables(app, &k, part.values, part.unpatched, e));
+    if (app->normalize && k.tables[0].clean == k.tables[0].corrupted) {
+        patch_error w;
+
+        fail(&w, PATCH_OK, "--normalize", "clean and corrupted mean are both %.9g, so values are nan or "
+             "infinite; choose other prompts or another metric", k.tables[0].clean);
+        print_message("warning: ", &w);
+    }
+    status = give_tables(app, k.tables, k.n_tables, e);
+    part_close(&part, with_file && status == PATCH_OK);
+    if (app->stats && status == PATCH_OK)
         fprintf(stderr, "%s\n", c.table.json_stats);
+    return status;
+}
+
+/* A value of the head, behind "key: "; "" where there is none. */
+static size_t head_count(const char *head, const char *key) {
+    const char *at = strstr(head, key);
+    size_t n = 0;
+
+    if (at != NULL)
+        parse_digits(at + strlen(key), strlen(at + strlen(key)), &n);
+    return n;
+}
+
+/* The first part's head becomes the skeleton. */
+static patch_status read_skeleton(App *app, Skeleton *k, const char *path, const char *head, const char *body,
+                                  const char *end, patch_error *e) {
+    Reader r = {NULL, NULL, NULL, 0};
+    size_t i;
+
+    r.app = app;
+    r.at = body;
+    r.end = end;
+    k->n = head_count(head, "\nexamples: ");
+    k->n_cells = head_count(head, "\ncells: ");
+    k->n_tables = head_count(head, "\ntables: ");
+    k->noising = (int)head_count(head, "\nnoising: ");
+    k->normalize = (int)head_count(head, "\nnormalize: ");
+    k->per_prompt = (int)head_count(head, "\nper-prompt: ");
+    if (k->n == 0 || k->n_cells == 0 || k->n_tables == 0 || k->n_tables > MAX_SWEEPS ||
+        k->n > SIZE_MAX / 64 / k->n_cells)
+        return fail(e, PATCH_E_FORMAT, path, "no part of a sweep; give files that --shard left");
+    KEEP(k->tables, k->n_tables);
+    KEEP(k->slots, k->n_tables);
+    for (i = 0; i < k->n_tables && !r.bad; i++)
+        get_table(&r, &k->tables[i], &k->slots[i], k->n_cells);
+    for (i = 0; i < k->n_tables && !r.bad; i++) {
+        const size_t rows = k->per_prompt ? k->n : 1;
+
+        r.bad |= k->tables[i].rank < 1 || k->tables[i].name == NULL || k->tables[i].command == NULL ||
+                 (k->per_prompt && k->tables[i].axis[0].size != k->n) || table_size(&k->tables[i]) % rows != 0;
+    }
+    if (r.bad)
+        return fail(e, PATCH_E_FORMAT, path, "the head is damaged; make this part again");
     return PATCH_OK;
 }
 
-/* ---- 13.8 Help and main ---------------------------------------------------------------------- */
+/* Join parts: all of one sweep, and together all of it. Needs no model. */
+static patch_status cmd_merge(App *app, patch_error *e) {
+    Skeleton k = {0};
+    Part p = {0};
+    const char *first_head = NULL;
+    size_t i, j, n_first = 0;
+
+    for (i = 0; i < app->operands.n; i++) {
+        const char *path = app->operands.items[i], *body, *settings;
+        size_t n = 0, n_head = 0, n_settings;
+        unsigned char *bytes = read_whole(&app->pool, path, &n);
+        const char *text = (const char *)bytes;
+
+        if (bytes == NULL)
+            return fail(e, PATCH_E_IO, path, "cannot be read (%s); give files that --shard left",
+                        strerror(errno));
+        if (n > PART_SHARD && memcmp(text, "actpatch part 1\nhead: ", PART_LENGTH) == 0)
+            parse_digits(text + PART_LENGTH, 10, &n_head);
+        if (n_head < PART_SHARD || n_head > n || (body = strstr(text, "\n\n")) == NULL || body > text + n_head)
+            return fail(e, PATCH_E_FORMAT, path, "no part of a sweep; give files that --shard left");
+        settings = text + PART_SHARD + strcspn(text + PART_SHARD, "\n");
+        n_settings = (size_t)(text + n_head - settings);
+        if (i == 0) {
+            TRY(read_skeleton(app, &k, path, text, body + 2, text + n_head, e));
+            first_head = settings;
+            n_first = n_settings;
+            KEEP(p.values, k.n * k.n_cells);
+            KEEP(p.unpatched, k.n * 2);
+            KEEP(p.have, k.n * k.n_cells);
+            p.n_items = k.n * k.n_cells;
+            p.per_example = k.n_cells;
+            p.bases = 2;
+        } else if (n_settings != n_first || memcmp(settings, first_head, n_first) != 0)
+            return other_head(path, first_head, n_first, settings, n_settings, e);
+        p.path = path;
+        p.n_head = n_head;
+        part_records(&p, bytes, n);
+    }
+    for (j = 0; j < p.n_items && p.have[j]; j++)
+        continue;
+    if (j < p.n_items)
+        return fail(e, PATCH_E_INPUT, "merge", "item %lu of %lu is in none of the parts; give all shards, and run "
+                    "unfinished ones again", (unsigned long)j, (unsigned long)p.n_items);
+    TRY(fill_tables(app, &k, p.values, p.unpatched, e));
+    return give_tables(app, k.tables, k.n_tables, e);
+}
+
+/* ---- 13.12 Help and main ---------------------------------------------------------------------- */
 
 static const Command COMMANDS[] = {
     {"info", "", "what a model file is",
@@ -8152,8 +10006,39 @@ static const Command COMMANDS[] = {
      "  [layer,head]           attn_head_out_all_pos and .._q_.. .._k_.. .._v_.. .._pattern_..\n"
      "  [5,layer,head] [5,layer,pos,head] [3,layer,pos]\n"
      "                         attn_head_all_pos_every attn_head_by_pos_every block_every\n",
-     ON_MODEL | ON_TEXT | ON_METRIC | ON_SWEEP | ON_OUTPUT | ON_PATCH, 1, 1, "--sweep", FORMATS, 0,
-     cmd_patch},
+     ON_MODEL | ON_TEXT | ON_METRIC | ON_SWEEP | ON_SHOWN | ON_EACH | ON_OUTPUT | ON_PATCH, 1, 1,
+     "--sweep", FORMATS, 0, cmd_patch},
+    {"attn", "PROMPTS", "attention patterns of the clean prompts",
+     "Gives [B,heads,T,T]: what each position (dest) attends to (src).\n",
+     ON_MODEL | ON_TEXT | ON_SHOWN | ON_OUTPUT | ON_HEADS, 1, 1, "--heads", FORMATS, 0, cmd_attn},
+    {"heads", "[PROMPTS]", "previous-token, duplicate-token and induction heads",
+     "Gives [3,layer,head]: how much of each head's attention goes where such a head\n"
+     "looks, on the first clean prompt, or on random tokens said twice.\n",
+     ON_MODEL | ON_TEXT | ON_SHOWN | ON_OUTPUT | ON_SEED, 0, 1, NULL, FORMATS, 0, cmd_heads},
+    {"lens", "PROMPTS", "direct logit attribution, logit lens",
+     "Gives tables of what parts add to the logit difference of the clean prompts:\n"
+     "accumulated (the residual stream after each half layer), layers, heads, and lens\n"
+     "(accumulated with each row's own LayerNorm scale, b_U added).\n",
+     ON_MODEL | ON_TEXT | ON_SHOWN | ON_EACH | ON_OUTPUT, 1, 1, NULL, FORMATS, 0, cmd_lens},
+    {"path", "PROMPTS", "path patching from every head",
+     "Gives [layer,head]: the metric where one head's output reaches the receivers as\n"
+     "in the other prompt, and every other head's output is held.\n",
+     ON_MODEL | ON_TEXT | ON_METRIC | ON_SWEEP | ON_SHOWN | ON_EACH | ON_OUTPUT | ON_PATH, 1, 1, NULL,
+     FORMATS, 0, cmd_path},
+    {"ablate", "PROMPTS", "the metric without a part of the model",
+     "Runs the clean prompts with one cell of a site replaced (shaped as that sweep), or\n"
+     "with all --heads replaced at once. --normalize: minus the unablated metric.\n",
+     ON_MODEL | ON_TEXT | ON_METRIC | ON_SHOWN | ON_EACH | ON_OUTPUT | ON_ABLATE | ON_HEADS | ON_SEED, 1,
+     1, NULL, FORMATS, 0, cmd_ablate},
+    {"trace", "FACTS", "causal tracing, as Meng et al. do it",
+     "FACTS is a TSV file with columns prompt, subject and attribute (may be empty).\n"
+     ".json holds every fact, .npy [kind,T,layer] of one fact; pictures show one fact or\n"
+     "the averages.\n",
+     ON_MODEL | ON_TEXT | ON_SHOWN | ON_OUTPUT | ON_TRACE, 1, 1, NULL, FORMATS, 0, cmd_trace},
+    {"merge", "PART...", "join the shards of a sweep",
+     "Joins the files that `patch --shard I/N -o FILE` left as FILE.part, all N of them,\n"
+     "into what one run would have written.\n",
+     ON_SHOWN | ON_OUTPUT, 1, SIZE_MAX, NULL, FORMATS, 0, cmd_merge},
     {"fold", "-o OUT.bin", "write the processed weights, which need no work at load",
      "Writes a model file whose weights are processed and laid out for the kernels,\n"
      "to be read in place.\n",
@@ -8230,7 +10115,8 @@ static patch_status run_command(App *app, int argc, char **argv, patch_error *e)
         TRY(out_open(&o, app->outputs.items[i], e));
         out_drop(&o);
     }
-    TRY(open_model(app, e));
+    if (app->command->accepts & ON_MODEL)
+        TRY(open_model(app, e));
     return app->command->run(app, e);
 }
 
@@ -8250,9 +10136,12 @@ int main(int argc, char **argv) {
     app.pool = pool_begin(&HEAP, SIZE_MAX);
     app.load = patch_options_default();
     app.k = 10;
+    app.window = app.samples = 10;
+    app.seed = 1;
     for (i = 0; argc > 1 && i < N_COMMANDS; i++)
         if (strcmp(argv[1], COMMANDS[i].name) == 0)
             app.command = &COMMANDS[i];
+    app.noise = app.command != NULL && strcmp(app.command->name, "trace") == 0 ? 3 : 1;
     if (app.command != NULL)
         status = run_command(&app, argc, argv, &e);
     else if (argc < 2 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "--help") == 0)

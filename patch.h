@@ -349,6 +349,95 @@ const char *patch_sweep_name(size_t i);
 patch_status patch_sweep_cells(const patch_model *model, const char *sweep, int n_tokens,
                                patch_shape *shape, patch_cell *cells, patch_error *error);
 
+/* ---- further analyses (definitions: chapter 11) -------------------------------------------------- */
+
+/* Causal tracing of one fact (Meng et al. 2022, arXiv:2202.05262): the subject's token embeddings are
+   noised in `samples` corrupted runs, then one thing at a time is restored from the clean run. */
+typedef enum patch_trace_kind { PATCH_TRACE_RESID, PATCH_TRACE_MLP, PATCH_TRACE_ATTN } patch_trace_kind;
+
+typedef struct patch_fact {
+    const int *tokens; /* [T], the caller's */
+    int n_tokens, begin, end; /* the subject: tokens begin..end-1 */
+    int answer;        /* whose probability is traced */
+} patch_fact;
+
+typedef struct patch_trace_options {
+    int samples; /* corrupted runs, 10 in the paper */
+    int window;  /* layers restored at once of mlp_out and attn_out, 10 in the paper */
+    int severed; /* hold mlp_out (attn_out) of the token at the corrupted run's values instead */
+    int kinds;   /* bit k: patch_trace_kind k is wanted */
+    double sigma; /* of the noise, from patch_trace_sigma */
+    patch_metric metric; /* PATCH_PROB in the paper */
+} patch_trace_options;
+
+/* *sigma = noise times the standard deviation (unbiased) of the raw embeddings of these n tokens: all
+   subjects' of a file of facts, one behind the other. */
+patch_status patch_trace_sigma(const patch_model *model, const int *tokens, size_t n, double noise,
+                               double *sigma, patch_error *error);
+
+/* cells [3, T, L] (the caller's; kinds not wanted are left alone): the metric's mean over the samples
+   with that layer restored at that token; *high: of the clean run, *low: mean of the corrupted ones. */
+patch_status patch_trace(const patch_model *model, const patch_fact *fact,
+                         const patch_trace_options *options, double *high, double *low,
+                         double *cells, patch_stats *stats, patch_error *error);
+
+/* How an ablated slice is replaced. */
+typedef enum patch_by {
+    PATCH_BY_ZERO,
+    PATCH_BY_MEAN,     /* over the examples of the group, by position */
+    PATCH_BY_RESAMPLE, /* by the partner's clean run */
+    PATCH_BY_NOISE     /* Gaussian noise is added: `noise` times the layer's standard deviation */
+} patch_by;
+
+typedef struct patch_ablation {
+    patch_by by;
+    patch_metric metric;
+    const int *groups;  /* [n] 0..n_groups-1, NULL: one group */
+    int n_groups;       /* at least 1 */
+    const int *partner; /* [n] RESAMPLE: another example's number */
+    double noise;
+    unsigned seed;
+} patch_ablation;
+
+/* Ablate sets of cells of one hook point in the clean runs: set i is cells[sets[i]..sets[i+1]-1]. All
+   examples have one length. values [n, n_sets], unpatched [n] (may be NULL). */
+patch_status patch_ablate(const patch_model *model, const patch_example *examples, size_t n,
+                          const patch_cell *cells, const size_t *sets, size_t n_sets,
+                          const patch_ablation *options, double *values, double *unpatched,
+                          patch_stats *stats, patch_error *error);
+
+typedef struct patch_path_options {
+    patch_metric metric;
+    int noising;
+    int freeze_mlps;             /* the direct edge only */
+    const patch_cell *receivers; /* hook Q, K or V, layer, head; none: the final residual stream */
+    size_t n_receivers;
+} patch_path_options;
+
+/* Path patching (Wang et al. 2022; Goldowsky-Dill et al. 2023, arXiv:2304.05969) from every head:
+   values [n, L, H], unpatched [n, 2] (may be NULL). */
+patch_status patch_paths(const patch_model *model, const patch_example *examples, size_t n,
+                         const patch_path_options *options, double *values, double *unpatched,
+                         patch_stats *stats, patch_error *error);
+
+/* Direct logit attribution of the clean runs; all arrays are the caller's. */
+typedef struct patch_lens {
+    double *accumulated; /* [n, 2L+1] the residual stream after each half layer, the run's own scale */
+    double *lens;        /* [n, 2L+1] the same with each row's own scale, and the bias: the logit lens */
+    double *layers;      /* [n, 2L+2] embed, pos_embed, then attn_out and mlp_out of each layer */
+    double *heads;       /* [n, L*H+1] each head's result, and the remainder */
+    double *bias;        /* [n] what b_U (and an unfolded LayerNorm's bias) adds */
+    double *logit_diff;  /* [n] accumulated's last plus bias */
+} patch_lens;
+
+patch_status patch_logit_lens(const patch_model *model, const patch_example *examples, size_t n,
+                              patch_lens *out, patch_error *error);
+
+/* TransformerLens's detect_head (mul): scores [3, L, H] for previous-token, duplicate-token and
+   induction heads on one prompt. */
+patch_status patch_head_kinds(const patch_model *model, const int *tokens, int n_tokens,
+                              double *scores, patch_error *error);
+
 #ifdef __cplusplus
 }
 #endif
