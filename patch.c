@@ -7121,6 +7121,8 @@ patch_status patch_model_sha256(const patch_model *m, char hex[65], patch_error 
         u32 CRC-32 of all that
    little-endian. A record that is cut short or damaged ends the file: it is computed again. */
 
+enum { PART_LENGTH = 22, PART_SHARD = 33 }; /* where the head's length and the line `shard` stand */
+
 typedef struct Part {
     const char *path;
     FILE *f;
@@ -7223,7 +7225,9 @@ static patch_status part_open(Part *p, patch_error *e) {
     if (bytes != NULL && n >= p->n_head && memcmp(bytes, p->head, p->n_head) == 0)
         sound = part_records(p, bytes, n);
     else if (bytes != NULL && n > 0 && !(n < p->n_head && memcmp(bytes, p->head, n) == 0))
-        s = other_head(p->path, p->head, p->n_head, (const char *)bytes, n, e);
+        s = n <= PART_SHARD ? other_head(p->path, p->head, p->n_head, (const char *)bytes, n, e)
+                            : other_head(p->path, p->head + PART_SHARD, p->n_head - PART_SHARD,
+                                         (const char *)bytes + PART_SHARD, n - PART_SHARD, e);
     if (s == PATCH_OK && (sound == 0 || sound < n) && (s = out_open(&out, p->path, e)) == PATCH_OK) {
         fwrite(sound ? (const char *)bytes : p->head, 1, sound ? sound : p->n_head, out.f);
         s = out_close(&out, e);
@@ -9453,6 +9457,124 @@ static patch_status cmd_trace(App *app, patch_error *e) {
     return PATCH_OK;
 }
 
+/* ---- 13.10 Pages: -o FILE.html ------------------------------------------------------- */
+
+enum { PAGE_PROMPTS = 8, PAGE_HEADS = 144 }; /* at most so many in a page's attention viewer */
+
+/* Patterns of the first clean prompts and of these heads, for the viewer. */
+static patch_status take_attention(App *app, const Prompts *p, const patch_cell *heads, size_t n,
+                                   Page *page, patch_error *e) {
+    const size_t H = (size_t)patch_model_dims(app->model)->n_heads, T = (size_t)p->examples[0].n_tokens;
+    const size_t B = p->n < PAGE_PROMPTS ? p->n : PAGE_PROMPTS;
+    float *attention, *layer_rows;
+    const char **tokens;
+    char **names;
+    size_t *bytes, b, i, k;
+
+    KEEP(attention, B * n * T * T);
+    KEEP(layer_rows, H * T * T);
+    KEEP(tokens, B * T);
+    KEEP(bytes, B * T);
+    KEEP(names, n);
+    for (i = 0; i < n; i++)
+        TRY(keep_text(app, &names[i], e, "L%dH%d", heads[i].layer, heads[i].head));
+    for (b = 0; b < B; b++) {
+        const patch_run run = {p->examples[b].clean, (int)T, NULL, 0};
+
+        for (i = 0; i < n; i++) {
+            patch_read read = {PATCH_PATTERN, heads[i].layer, 0, -1, layer_rows, 0};
+
+            if (i == 0 || heads[i].layer != heads[i - 1].layer)
+                TRY(patch_execute(app->model, &run, 1, &read, 1, NULL, e));
+            memcpy(attention + (b * n + i) * T * T, layer_rows + (size_t)heads[i].head * T * T,
+                   T * T * sizeof *attention);
+        }
+        for (k = 0; k < T; k++) {
+            tokens[b * T + k] = patch_token(app->model, p->examples[b].clean[k], &bytes[b * T + k]);
+            if (tokens[b * T + k] == NULL)
+                tokens[b * T + k] = "";
+        }
+    }
+    page->n_attention = B;
+    page->n_heads = n;
+    page->n_tokens = T;
+    page->attention = attention;
+    page->head_names = (const char *const *)names;
+    page->tokens = tokens;
+    page->token_bytes = bytes;
+    return PATCH_OK;
+}
+
+/* One page: settings, every prompt's logit difference, tables, attention. */
+static patch_status write_page(App *app, const Prompts *p, const char *title, const Table *tables, size_t n,
+                               const char *path, patch_error *e) {
+    const size_t every = (size_t)patch_model_dims(app->model)->n_layers *
+                         (size_t)patch_model_dims(app->model)->n_heads;
+    patch_cell *heads = NULL;
+    Page page = {0};
+    double *differences;
+    char **prompts;
+    OutFile o;
+    size_t i, k, n_heads;
+
+    KEEP(differences, 2 * p->n);
+    KEEP(prompts, p->n);
+    if (p->column[WRONG] >= 0 && p->column[ANSWER] >= 0) {
+        TRY(patch_measure(app->model, p->examples, p->n, PATCH_LOGIT_DIFF, differences, NULL, e));
+        page.n_examples = p->n;
+        page.has_corrupted = p->column[CORRUPTED] >= 0;
+        page.differences = differences;
+    }
+    for (i = 0; i < p->n; i++) {
+        size_t used = 0, room = 1, length;
+
+        for (k = 0; k < (size_t)p->examples[i].n_tokens; k++) {
+            patch_token(app->model, p->examples[i].clean[k], &length);
+            room += length;
+        }
+        KEEP(prompts[i], room);
+        for (k = 0; k < (size_t)p->examples[i].n_tokens; k++) {
+            const char *token = patch_token(app->model, p->examples[i].clean[k], &length);
+            size_t j;
+
+            for (j = 0; j < length; j++) /* a NUL would end the text */
+                prompts[i][used++] = token[j] ? token[j] : '?';
+        }
+    }
+    page.prompts = (const char *const *)prompts;
+    page.title = title;
+    page.json_settings = n > 0 ? tables[0].json_settings : NULL;
+    page.tables = tables;
+    page.n_tables = n;
+    page.range = app->range;
+    TRY(parse_heads(app, "all", 0, "heads", &heads, &n_heads, e));
+    TRY(take_attention(app, p, heads, every < PAGE_HEADS ? every : PAGE_HEADS, &page, e));
+    TRY(out_open(&o, path, e));
+    write_html(o.f, &page);
+    return out_close(&o, e);
+}
+
+static int is_page(const char *path) {
+    const char *dot = strrchr(path, '.');
+
+    return dot != NULL && strcmp(dot, ".html") == 0;
+}
+
+/* As give_tables, where the prompts are at hand: pages then have their attention too. */
+static patch_status give_page_or_tables(App *app, const Prompts *p, const Table *tables, size_t n,
+                                        patch_error *e) {
+    size_t i;
+
+    for (i = 0; i < app->outputs.n; i++)
+        if (is_page(app->outputs.items[i]))
+            TRY(write_page(app, p, "Activation patching", tables, n, app->outputs.items[i], e));
+        else
+            TRY(write_tables(app->outputs.items[i], app->command->formats, tables, n, e));
+    for (i = 0; app->outputs.n == 0 && i < n; i++)
+        write_screen(stdout, &tables[i], screen_of(app));
+    return PATCH_OK;
+}
+
 /* ---- 13.11 Part files of sweeps: resuming, shards, merge --------------------------------------
    The head of a part file holds, in lines, all that a sweep's values depend on, and behind an empty line
    the tables without their values, so that `merge` needs neither model nor prompts. */
@@ -9495,8 +9617,6 @@ static void text_add(Text *t, const char *format, ...) {
     va_end(values);
     t->length += n;
 }
-
-enum { PART_LENGTH = 22, PART_SHARD = 33 }; /* where the head's length and the line `shard` stand */
 
 /* What a part's tables are made from: the shape of the work and the tables, values NULL. */
 typedef struct Skeleton {
@@ -9869,7 +9989,7 @@ static patch_status cmd_patch(App *app, patch_error *e) {
              "infinite; choose other prompts or another metric", k.tables[0].clean);
         print_message("warning: ", &w);
     }
-    status = give_tables(app, k.tables, k.n_tables, e);
+    status = give_page_or_tables(app, &p, k.tables, k.n_tables, e);
     part_close(&part, with_file && status == PATCH_OK);
     if (app->stats && status == PATCH_OK)
         fprintf(stderr, "%s\n", c.table.json_stats);
@@ -9966,7 +10086,86 @@ static patch_status cmd_merge(App *app, patch_error *e) {
     return give_tables(app, k.tables, k.n_tables, e);
 }
 
-/* ---- 13.12 Help and main ---------------------------------------------------------------------- */
+/* ---- 13.12 Command: report ---- */
+
+/* A named sweep in one direction, normalized, as a table. */
+static patch_status report_sweep(App *app, const Prompts *p, const char *name, int noising, Table *t,
+                                 patch_error *e) {
+    Sweeps s = {0};
+    Skeleton k = {0};
+    Part part = {0};
+    Common c;
+
+    app->sweep[0] = name;
+    app->n_sweeps = 1;
+    app->noising = noising;
+    app->normalize = 1;
+    TRY(plan_sweeps(app, &s, p->examples[0].n_tokens, e));
+    TRY(common_begin(app, p, &c, e));
+    TRY(sweep_skeleton(app, &s, p, &c, &k, e));
+    KEEP(part.values, p->n * s.n_cells);
+    KEEP(part.have, p->n * s.n_cells);
+    KEEP(part.unpatched, 2 * p->n);
+    TRY(compute_items(app, &s, p, &part, 0, 0, p->n * s.n_cells, NULL, e));
+    TRY(fill_tables(app, &k, part.values, part.unpatched, e));
+    *t = k.tables[0];
+    return PATCH_OK;
+}
+
+/* The standard set for a task, on one page. */
+static patch_status cmd_report(App *app, patch_error *e) {
+    static const char *const sweeps[] = {"block_every", "attn_head_out_all_pos"};
+    static const char *const kinds[] = {"previous", "duplicate", "induction"};
+    const size_t L = (size_t)patch_model_dims(app->model)->n_layers;
+    const size_t H = (size_t)patch_model_dims(app->model)->n_heads;
+    const size_t sizes[] = {2 * L + 1, 2 * L + 2};
+    Table tables[7];
+    patch_lens lens;
+    double *scores;
+    Common c;
+    Prompts p;
+    size_t n = 0;
+    int i;
+
+    TRY(prompts_read(app, app->operands.items[0],
+                     NEEDS(CLEAN) | NEEDS(CORRUPTED) | NEEDS(ANSWER) | NEEDS(WRONG), 0, 1, &p, e));
+    for (i = 0; i < 4; i++)
+        TRY(report_sweep(app, &p, sweeps[i % 2], i / 2, &tables[n++], e));
+    app->noising = app->normalize = 0;
+    TRY(common_begin(app, &p, &c, e));
+    KEEP(lens.accumulated, p.n * sizes[0]);
+    KEEP(lens.lens, p.n * sizes[0]);
+    KEEP(lens.layers, p.n * sizes[1]);
+    KEEP(lens.heads, p.n * (L * H + 1));
+    KEEP(lens.bias, p.n);
+    KEEP(lens.logit_diff, p.n);
+    TRY(patch_logit_lens(app->model, p.examples, p.n, &lens, e));
+    for (i = 0; i < 2; i++) {
+        Table *t = &tables[n++];
+
+        *t = c.table;
+        t->command = "lens";
+        t->name = i ? "layers" : "accumulated";
+        t->direction = NULL;
+        add_axis(t, &c, "part", sizes[i]);
+        TRY(lens_labels(app, i, sizes[i], &t->axis[0].labels, e));
+        TRY(mean_values(app, i ? lens.layers : lens.accumulated, p.n, sizes[i], &t->values, e));
+    }
+    KEEP(scores, 3 * L * H);
+    TRY(patch_head_kinds(app->model, p.examples[0].clean, p.examples[0].n_tokens, scores, e));
+    tables[n] = c.table;
+    tables[n].command = tables[n].name = "heads";
+    tables[n].metric = tables[n].direction = NULL;
+    TRY(label_axis(app, &tables[n], "kind", 3, NULL, kinds, e));
+    add_axis(&tables[n], &c, "layer", L);
+    add_axis(&tables[n], &c, "head", H);
+    tables[n++].values = scores;
+    return write_page(app, &p, "Report", tables, n, app->outputs.items[0], e);
+}
+
+/* ---- 13.13 Help and main ---------------------------------------------------------------------- */
+
+static const Format PAGE_FORMATS[] = {{".html", NULL, write_html_tables, 0}, {NULL, NULL, NULL, 0}};
 
 static const Command COMMANDS[] = {
     {"info", "", "what a model file is",
@@ -10035,6 +10234,10 @@ static const Command COMMANDS[] = {
      ".json holds every fact, .npy [kind,T,layer] of one fact; pictures show one fact or\n"
      "the averages.\n",
      ON_MODEL | ON_TEXT | ON_SHOWN | ON_OUTPUT | ON_TRACE, 1, 1, NULL, FORMATS, 0, cmd_trace},
+    {"report", "PROMPTS", "the standard set for a task, on one page",
+     "Writes -o FILE.html: logit differences, the sweeps block_every and\n"
+     "attn_head_out_all_pos in both directions, lens, head kinds, attention.\n",
+     ON_MODEL | ON_TEXT | ON_SHOWN | ON_OUTPUT, 1, 1, NULL, PAGE_FORMATS, 1, cmd_report},
     {"merge", "PART...", "join the shards of a sweep",
      "Joins the files that `patch --shard I/N -o FILE` left as FILE.part, all N of them,\n"
      "into what one run would have written.\n",
