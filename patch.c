@@ -94,13 +94,14 @@
 #include <unistd.h>
 #endif
 
-/* OMP(parallel for) becomes the pragma where the compiler has OpenMP and nothing elsewhere. */
+/* PARALLEL(threads, schedule(...)) in front of a loop: OpenMP's pragma where the compiler has it. */
 #ifdef _OPENMP
 #include <omp.h>
-#define OMP_TEXT(text) _Pragma(#text)
-#define OMP(text) OMP_TEXT(omp text)
+#define OMP_TEXT(...) _Pragma(#__VA_ARGS__)
+#define OMP_WORDS(...) OMP_TEXT(__VA_ARGS__)
+#define PARALLEL(threads, how) OMP_WORDS(omp parallel for num_threads(threads) how)
 #else
-#define OMP(text)
+#define PARALLEL(threads, how) (void)(threads);
 #endif
 
 #if defined(__GNUC__)
@@ -1003,106 +1004,116 @@ static patch_status tokenizer_encode(const Tokenizer *t, const char *text, size_
    The inner loops, each written once and compiled once per tier: AVX-512, AVX2 with FMA, and the
    compiler's own baseline (SSE2, NEON or plain C). The tier is chosen when a model is opened.
 
-   Every sum is taken in one fixed order, whatever the number of rows, threads or columns at once:
-   a product over k goes in blocks of K_BLOCK, each from 0 upwards, and the blocks' sums are added in
+   Every sum is taken in one fixed order, whatever the number of rows, threads or columns at once: a
+   product over k goes in blocks of K_BLOCK, each from 0 upwards, and the blocks' sums are added in
    order. A straight sum over all k would be less accurate (4 to 6 times at K = 768).
 
    Within a tier the compiler fuses multiply and add or it does not, in vector and scalar code alike
-   (gcc outside the ISO modes: wherever the tier has FMA), so the plain kernel gives the same bits. */
+   (gcc outside the ISO modes: wherever the tier has FMA): the plain kernel gives the same bits. */
 
-enum { K_BLOCK = 64, LANES = 16, STEP = 48, MAX_TILE_ROWS = 8 };
+enum { K_BLOCK = 64, LANES = 16, STEP = 48, MAX_TILE_ROWS = 8 }; /* tiles' columns divide STEP */
 
-/* A tile: y [rows,cols] = a [rows,k] . b, with a given as row pointers and b as panels [.][k][16] of
-   which each is `panel` floats from the one before it. */
-typedef void (*TileKernel)(size_t k, const float *const *a, const float *b, size_t panel, float *y);
+/* A tile: y [rows,cols] = a [rows,k] . b + bias [cols], with a given as row pointers, b as panels
+   [.][k][16], each `panel` floats from the one before it, and y's rows `ldy` floats apart. */
+#define TILE_PARAMETERS                                                                            \
+    size_t k, const float *const *a, const float *b, size_t panel, const float *bias, float *y,    \
+        size_t ldy
+typedef void (*TileKernel)(TILE_PARAMETERS);
 
 /* What one panel of 16 columns is made from; see Linear in chapter 6. All arrays are [k]. */
 typedef struct PanelSource {
-    const unsigned char *bytes; /* stored matrix: row i has `stride` elements, columns from `column` */
+    const unsigned char *bytes; /* stored matrix: rows of `stride` elements, used from `column` */
     const float *dense;         /* or the same as floats */
-    uint32_t type;
+    uint32_t type;              /* of bytes: TYPE_F32 or TYPE_F16 */
     size_t k, stride, column, columns; /* columns: how many of the 16 exist */
-    int transposed;         /* the columns are stored rows instead (W_U is wte) */
-    const double *center;   /* subtracted from row i first: center_writing_weights */
-    const double *shift;    /* bias += shift . W: a LayerNorm's bias, or the value biases */
-    const float *scale;     /* W *= scale, then each column minus its mean: fold_ln */
+    int transposed;             /* the columns are stored rows instead (W_U is wte) */
+    const double *center;       /* subtracted from row i first: center_writing_weights */
+    const double *shift;        /* bias += shift . W: a LayerNorm's bias, or the value biases */
+    const float *scale;         /* W *= scale, then each column minus its mean: fold_ln */
     const double *center_after; /* subtracted from row i last: center_unembed */
 } PanelSource;
 
+/* What a tier has besides its tile kernels: X(tier, target, result, give, name, parameters,
+   arguments), each explained at its body, name_body; `give` passes the body's result on. */
+#define KERNELS(X, T, A)                                                                           \
+    X(T, A, void, , pack, (const PanelSource *s, float *panel, double *bias), (s, panel, bias))    \
+    X(T, A, void, , activate, (uint32_t act_fn, float *x, size_t n), (act_fn, x, n))               \
+    X(T, A, void, , exponentials, (float *x, size_t n, float subtract), (x, n, subtract))          \
+    X(T, A, double, return, mean, (const float *x, size_t n), (x, n))                              \
+    X(T, A, void, , norm_scale, (const float *x, size_t n, double eps, float *y), (x, n, eps, y))  \
+    X(T, A, void, , normalize, (const float *x, size_t n, float scale, const float *w,             \
+                                const float *b, float *y), (x, n, scale, w, b, y))                 \
+    X(T, A, void, , scores, (const float *q, const float *const *k, size_t at, size_t n, size_t d, \
+                             float divisor, float *out), (q, k, at, n, d, divisor, out))           \
+    X(T, A, void, , mix, (const float *pattern, const float *const *v, size_t at, size_t n,        \
+                          size_t d, float *z), (pattern, v, at, n, d, z))
+#define KERNEL_FIELD(T, A, result, give, name, parameters, arguments) result (*name) parameters;
+
 typedef struct Kernels {
     const char *name;
-    size_t rows, cols; /* of a tile */
-    TileKernel tile, plain;
-    void (*pack)(const PanelSource *source, float *panel, double *bias);
-    void (*activate)(uint32_t act_fn, float *x, size_t n);
-    void (*exponentials)(float *x, size_t n, float subtract);
-    double (*mean)(const float *x, size_t n);
-    void (*norm_scale)(const float *x, size_t n, double eps, float *scale);
-    void (*normalize)(const float *x, size_t n, float scale, const float *w, const float *b, float *y);
-    void (*scores)(const float *q, const float *const *k, size_t at, size_t n, size_t d, float divisor,
-                   float *out);
-    void (*mix)(const float *pattern, const float *const *v, size_t at, size_t n, size_t d, float *z);
+    size_t rows, cols;      /* of a tile */
+    TileKernel tile, plain; /* tuned, and its reference: the same bits */
+    KERNELS(KERNEL_FIELD, , )
 } Kernels;
 
-/* e^x for any float; relative error below 8e-8 (tests/test_kernels.py: every 61st float, all of them
-   with `make test-exhaustive`), 0 and infinity where float32 has them. Cody and Waite's reduction
-   x = n ln 2 + r with ln 2 in two pieces, |r| <= 0.35, then Cephes' polynomial of degree 6. No branch,
-   so that the compiler turns 16 of them into vectors; 2^n goes in as two factors so that results below
-   2^-126 come out denormal. */
-ALWAYS_INLINE float exp_float(float x) {
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
-    float n, r, p, t, half, rest;
-    int32_t bits, h;
-    uint32_t u, mask;
+/* Do `statement` for each element i + j = 0 .. n-1, j its lane: 16 at a time, then the rest. At -O2
+   gcc vectorises a loop only where the length is known and leaves no rest. */
+#define IN_LANES(n, statement)                                                                     \
+    for (i = 0; i + LANES <= (n); i += LANES)                                                      \
+        for (j = 0; j < LANES; j++)                                                                \
+            statement                                                                              \
+    for (j = 0; i + j < (n); j++)                                                                  \
+        statement
 
-    /* Clamp to -104..89, on the bits and without a branch (a comparison of floats may trap, so gcc
-       would not vectorise it): [89, inf] and [-inf, -104] are ranges of bits; NaN lies in neither. */
-    memcpy(&u, &x, 4);
-    mask = 0u - (uint32_t)(u - 0x42B20000u <= 0x7F800000u - 0x42B20000u);
-    u = (u & ~mask) | (0x42B20000u & mask);
-    mask = 0u - (uint32_t)(u - 0xC2D00000u <= 0xFF800000u - 0xC2D00000u);
-    u = (u & ~mask) | (0xC2D00000u & mask);
-    memcpy(&x, &u, 4);
-    t = x * 1.44269504f + magic;
-    n = t - magic;
-    memcpy(&bits, &t, 4);
-    bits -= 0x4B400000; /* the integer n */
-    r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
+typedef union Bits { /* a float and what it is made of */
+    float f;
+    uint32_t u;
+} Bits;
+
+/* The bits u of a float, but `from` where they are in from..to. No branch, and no comparison of
+   floats: it may trap, so gcc would not vectorise it. NaN is in neither of the ranges below. */
+ALWAYS_INLINE uint32_t clamp_bits(uint32_t u, uint32_t from, uint32_t to) {
+    const uint32_t mask = 0u - (uint32_t)(u - from <= to - from); /* all ones, or 0 */
+    return (u & ~mask) | (from & mask);
+}
+
+/* e^x for any float; relative error below 8e-8 (tests/test_kernels.py: every 61st float, all of
+   them with `make test-exhaustive`), 0 and infinity where float32 has them. Cody and Waite's
+   reduction x = n ln 2 + r with ln 2 in two pieces, |r| <= 0.35, then Cephes' polynomial of degree
+   6. No branch, so that the compiler turns 16 of them into vectors. */
+ALWAYS_INLINE float exp_float(float input) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it leaves an integer in the low bits */
+    Bits x = {input}, t, half, rest;
+    float r, p;
+    int32_t n;
+
+    x.u = clamp_bits(x.u, 0x42B20000u, 0x7F800000u); /* 89 .. infinity become 89 */
+    x.u = clamp_bits(x.u, 0xC2D00000u, 0xFF800000u); /* -104 .. -infinity become -104 */
+    t.f = x.f * 1.44269504f + magic;
+    n = (int32_t)t.u - 0x4B400000; /* less the bits of magic itself */
+    r = x.f - (t.f - magic) * 0.693359375f - (t.f - magic) * -2.12194440e-4f;
+    p = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f;
+    p = (p * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    h = bits >> 1;
-    bits = (int32_t)((uint32_t)(bits - h + 127) << 23);
-    h = (int32_t)((uint32_t)(h + 127) << 23);
-    memcpy(&half, &h, 4);
-    memcpy(&rest, &bits, 4);
-    return p * half * rest;
+    half.u = (uint32_t)((n >> 1) + 127) << 23;     /* 2^n in two factors, so that results */
+    rest.u = (uint32_t)(n - (n >> 1) + 127) << 23; /* below 2^-126 come out denormal */
+    return p * half.f * rest.f;
 }
 
 /* gelu_new(x) = x (1 + tanh u) / 2 = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3): one exp
    instead of libm's tanhf, which would take as long as all the products. */
 ALWAYS_INLINE float gelu_new(float x) {
     const float u = x + 0.044715f * (x * x * x);
-
     return x / (1.0f + exp_float(-1.5957691216f * u));
 }
 
+/* x [n] = act_fn(x): the head's field of that name in chapter 3. */
 ALWAYS_INLINE void activate_body(uint32_t act_fn, float *x, size_t n) {
     size_t i, j;
-
     if (act_fn == 0) {
-        for (i = 0; i + LANES <= n; i += LANES)
-            for (j = 0; j < LANES; j++)
-                x[i + j] = gelu_new(x[i + j]);
-        for (; i < n; i++)
-            x[i] = gelu_new(x[i]);
-    } else if (act_fn == 1) {
-        for (i = 0; i < n; i++) /* the exact GELU, with libm's erf in double */
+        IN_LANES(n, x[i + j] = gelu_new(x[i + j]);)
+    } else if (act_fn == 1) { /* the exact GELU, with libm's erf in double */
+        for (i = 0; i < n; i++)
             x[i] = (float)(0.5 * (double)x[i] * (1.0 + erf((double)x[i] * 0.70710678118654752440)));
     } else {
         for (i = 0; i < n; i++)
@@ -1113,41 +1124,21 @@ ALWAYS_INLINE void activate_body(uint32_t act_fn, float *x, size_t n) {
 /* x[i] = e^(x[i] - subtract) */
 ALWAYS_INLINE void exponentials_body(float *x, size_t n, float subtract) {
     size_t i, j;
-
-    for (i = 0; i + LANES <= n; i += LANES)
-        for (j = 0; j < LANES; j++)
-            x[i + j] = exp_float(x[i + j] - subtract);
-    for (; i < n; i++)
-        x[i] = exp_float(x[i] - subtract);
+    IN_LANES(n, x[i + j] = exp_float(x[i + j] - subtract);)
 }
 
-/* Sum of 16 lanes, as a tree. */
-ALWAYS_INLINE double sum_lanes(const double *lane) {
-    double a[8];
-    size_t j;
-
-    for (j = 0; j < 8; j++)
-        a[j] = lane[j] + lane[j + 8];
-    return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
-}
-
-/* Sum of (x - mean)^power, power 1 or 2, in double and 16 lanes. */
+/* Sum of (x - mean)^power, power 1 or 2, in double and 16 lanes, which are then added as a tree. */
 ALWAYS_INLINE double sum_power(const float *x, size_t n, double mean, int power) {
     double lane[LANES] = {0};
     size_t i, j;
-
-    for (i = 0; i + LANES <= n; i += LANES)
-        for (j = 0; j < LANES; j++) {
-            const double d = (double)x[i + j] - mean;
-
-            lane[j] += power == 1 ? d : d * d;
-        }
-    for (j = 0; i < n; i++, j++) {
-        const double d = (double)x[i] - mean;
-
+    IN_LANES(n, {
+        const double d = (double)x[i + j] - mean;
         lane[j] += power == 1 ? d : d * d;
-    }
-    return sum_lanes(lane);
+    })
+    for (j = 0; j < 8; j++)
+        lane[j] += lane[j + 8];
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
+           ((lane[1] + lane[5]) + (lane[3] + lane[7]));
 }
 
 ALWAYS_INLINE double mean_body(const float *x, size_t n) {
@@ -1156,168 +1147,136 @@ ALWAYS_INLINE double mean_body(const float *x, size_t n) {
 
 /* LayerNorm's scale: sqrt(var(x) + eps), the variance over n; eps is inside the root. */
 ALWAYS_INLINE void norm_scale_body(const float *x, size_t n, double eps, float *scale) {
-    const double mean = mean_body(x, n);
-
-    *scale = (float)sqrt(sum_power(x, n, mean, 2) / (double)n + eps);
+    *scale = (float)sqrt(sum_power(x, n, mean_body(x, n), 2) / (double)n + eps);
 }
 
-/* y = (x - mean) / scale, times w plus b where the LayerNorm is not folded (else NULL). */
+/* y [n] = (x - mean) / scale, times w plus b [n] where the LayerNorm is not folded (else NULL). */
 ALWAYS_INLINE void normalize_body(const float *x, size_t n, float scale, const float *w,
                                   const float *b, float *y) {
     const double mean = mean_body(x, n), inverse = 1.0 / (double)scale;
     size_t i, j;
-
-    for (i = 0; i + LANES <= n; i += LANES)
-        for (j = 0; j < LANES; j++)
-            y[i + j] = (float)(((double)x[i + j] - mean) * inverse);
-    for (; i < n; i++)
-        y[i] = (float)(((double)x[i] - mean) * inverse);
-    if (w != NULL)
-        for (i = 0; i < n; i++)
-            y[i] = y[i] * w[i] + b[i];
+    IN_LANES(n, y[i + j] = (float)(((double)x[i + j] - mean) * inverse);)
+    for (i = 0; w != NULL && i < n; i++)
+        y[i] = y[i] * w[i] + b[i];
 }
 
-/* out [n] = q . k[i] / divisor, for one head: d elements from element `at` of each key. */
+/* out [n] = q . k[t] / divisor, for one head: d elements from element `at` of each key. */
 ALWAYS_INLINE void scores_body(const float *q, const float *const *k, size_t at, size_t n, size_t d,
                                float divisor, float *out) {
-    size_t i, c, j;
-
-    for (i = 0; i < n; i++) {
-        const float *key = k[i] + at;
-        float lane[LANES] = {0};
-
-        for (c = 0; c + LANES <= d; c += LANES)
-            for (j = 0; j < LANES; j++)
-                lane[j] += q[c + j] * key[c + j];
-        for (j = 0; c < d; c++, j++)
-            lane[j] += q[c] * key[c];
-        for (c = LANES / 2; c > 0; c /= 2)
-            for (j = 0; j < c; j++)
-                lane[j] += lane[j + c];
-        out[i] = lane[0] / divisor;
+    size_t t, i, j;
+    for (t = 0; t < n; t++) {
+        const float *key = k[t] + at;
+        float lane[LANES] = {0}; /* sums of every 16th product, then added as a tree */
+        IN_LANES(d, lane[j] += q[i + j] * key[i + j];)
+        for (i = LANES / 2; i > 0; i /= 2)
+            for (j = 0; j < i; j++)
+                lane[j] += lane[j + i];
+        out[t] = lane[0] / divisor;
     }
 }
 
-/* z [d] = sum over n sources of pattern[i] v[i], for one head. */
-ALWAYS_INLINE void mix_body(const float *pattern, const float *const *v, size_t at, size_t n, size_t d,
-                            float *z) {
-    size_t i, c, j;
-
-    for (c = 0; c + LANES <= d; c += LANES) {
-        float sum[LANES] = {0};
-
-        for (i = 0; i < n; i++)
-            for (j = 0; j < LANES; j++)
-                sum[j] += pattern[i] * v[i][at + c + j];
-        for (j = 0; j < LANES; j++)
-            z[c + j] = sum[j];
-    }
-    for (; c < d; c++) {
-        float sum = 0;
-
-        for (i = 0; i < n; i++)
-            sum += pattern[i] * v[i][at + c];
-        z[c] = sum;
-    }
+/* y [n] += c x [n]. A function, since gcc believes `restrict` of parameters only. */
+ALWAYS_INLINE void add_times(float *restrict y, float c, const float *restrict x, size_t n) {
+    size_t i, j;
+    IN_LANES(n, y[i + j] += c * x[i + j];)
 }
 
-/* Elements of row i of a panel's 16 columns, zeros where there are none. */
+/* z [d] = sum over n sources of pattern[t] v[t], for one head: d elements from element `at`. */
+ALWAYS_INLINE void mix_body(const float *pattern, const float *const *v, size_t at, size_t n,
+                            size_t d, float *z) {
+    size_t t;
+    memset(z, 0, d * sizeof *z);
+    for (t = 0; t < n; t++)
+        add_times(z, pattern[t], v[t] + at, d);
+}
+
+/* out [16] = row i of a panel's columns, zeros where there are none. */
 ALWAYS_INLINE void panel_row(const PanelSource *s, size_t i, float *out) {
+    const size_t at = i * s->stride + s->column;
     size_t j;
-
-    for (j = 0; j < PANEL; j++)
-        out[j] = 0;
-    if (s->transposed)
+    memset(out, 0, PANEL * sizeof *out);
+    if (s->transposed) /* an element from each of 16 rows */
         for (j = 0; j < s->columns; j++)
             load_floats(s->type, s->bytes, (s->column + j) * s->stride + i, 1, &out[j]);
     else if (s->dense != NULL)
-        memcpy(out, s->dense + i * s->stride + s->column, s->columns * sizeof *out);
-    else if (s->columns == PANEL)
-        load_floats(s->type, s->bytes, i * s->stride + s->column, PANEL, out);
+        memcpy(out, s->dense + at, s->columns * sizeof *out);
+    else if (s->columns == PANEL) /* nearly always: a length that the compiler knows */
+        load_floats(s->type, s->bytes, at, PANEL, out);
     else
-        load_floats(s->type, s->bytes, i * s->stride + s->column, s->columns, out);
+        load_floats(s->type, s->bytes, at, s->columns, out);
 }
 
-/* Make one processed panel [k][16] and add the bias that the processing yields to bias [16]. Done in
-   double and rounded once, so that folding costs less accuracy than TransformerLens's in float32. */
+/* Make one processed panel [k][16] and add the bias that processing yields to bias [16]. Sums are
+   taken in double, so that folding costs less accuracy than TransformerLens's in float32. */
 ALWAYS_INLINE void pack_body(const PanelSource *s, float *panel, double *bias) {
-    double mean[PANEL] = {0}, sum[PANEL] = {0};
+    double mean[PANEL] = {0}, sum[PANEL] = {0}; /* of the columns; and shift . W */
+    float minus[PANEL];
     size_t i, j;
-
     for (i = 0; i < s->k; i++)
         panel_row(s, i, panel + i * PANEL);
-    if (s->shift != NULL || s->scale != NULL)
-        for (i = 0; i < s->k; i++) {
-            const float *row = panel + i * PANEL;
-            const double center = s->center ? s->center[i] : 0.0, shift = s->shift ? s->shift[i] : 0.0;
-            const double scale = s->scale ? (double)s->scale[i] : 0.0;
-
-            for (j = 0; j < PANEL; j++) {
-                const double w = (double)row[j] - center;
-
-                sum[j] += shift * w; /* the unscaled W: a LayerNorm's bias is added after its weight */
-                mean[j] += scale * w;
-            }
+    for (i = 0; (s->shift != NULL || s->scale != NULL) && i < s->k; i++) {
+        const double center = s->center ? s->center[i] : 0.0, shift = s->shift ? s->shift[i] : 0.0;
+        const double scale = s->scale ? (double)s->scale[i] : 0.0; /* 0: the columns' means stay */
+        for (j = 0; j < PANEL; j++) {
+            const double w = (double)panel[i * PANEL + j] - center;
+            sum[j] += shift * w; /* the unscaled W: a LayerNorm's bias is added after its weight */
+            mean[j] += scale * w;
         }
+    }
     for (j = 0; j < PANEL; j++) {
         bias[j] += sum[j];
         mean[j] /= (double)s->k;
     }
     if (s->center == NULL && s->scale == NULL && s->center_after == NULL)
-        return;
+        return; /* the panel is already what was stored */
+    for (j = 0; j < PANEL; j++)
+        minus[j] = (float)mean[j];
     for (i = 0; i < s->k; i++) {
         float *row = panel + i * PANEL;
-        const double center = s->center ? s->center[i] : 0.0;
-        const double scale = s->scale ? (double)s->scale[i] : 1.0;
-        const double after = s->center_after ? s->center_after[i] : 0.0;
+        const float center = s->center ? (float)s->center[i] : 0.0f;
+        const float scale = s->scale ? s->scale[i] : 1.0f;
+        const float after = s->center_after ? (float)s->center_after[i] : 0.0f;
 
         for (j = 0; j < PANEL; j++)
-            row[j] = (float)(((double)row[j] - center) * scale - mean[j] - after);
+            row[j] = (row[j] - center) * scale - (minus[j] + after);
         for (j = s->columns; j < PANEL; j++)
-            row[j] = 0;
+            row[j] = 0; /* again: the lines above made it -center and the like */
     }
 }
 
 /* The algorithmic reference of every tile kernel: rows * cols sums, each for itself. */
-ALWAYS_INLINE void plain_body(size_t k, const float *const *a, const float *b, size_t panel, float *y,
-                              size_t rows, size_t cols) {
+ALWAYS_INLINE void plain_body(TILE_PARAMETERS, size_t rows, size_t cols) {
     size_t i, j, from, kk;
-
     for (i = 0; i < rows; i++)
         for (j = 0; j < cols; j++) {
-            const float *column = b + j / PANEL * panel + j % PANEL;
+            const float *column = b + j / PANEL * panel + j % PANEL; /* [k], 16 floats apart */
             float total = 0;
-
             for (from = 0; from < k; from += K_BLOCK) {
-                float sum = 0;
-
+                float sum = 0; /* of one block */
                 for (kk = from; kk < k && kk < from + K_BLOCK; kk++)
                     sum += a[i][kk] * column[kk * PANEL];
                 total += sum;
             }
-            y[i * cols + j] = total;
+            y[i * ldy + j] = total + bias[j];
         }
 }
 
-/* The tuned kernel: the same sums, ROWS x (VECTORS * lanes of Vec) at once, all in registers. Per step
-   of k it loads VECTORS vectors of b and ROWS numbers of a for ROWS * VECTORS multiply-adds. Vec must
-   be as wide as the hardware's vectors: gcc 12 splits wider ones so badly that the kernel is 20 times
-   slower. */
+/* The tuned kernel: the same sums, ROWS x (VECTORS * lanes of Vec) at once, all in registers. Per
+   step of k it loads VECTORS vectors of b and ROWS numbers of a for ROWS * VECTORS multiply-adds.
+   Vec must be as wide as the hardware's: gcc 12 splits wider ones so badly that the kernel is 20
+   times slower. */
 #define TILE_KERNEL(name, target, Vec, ROWS, VECTORS)                                              \
-    target static void name(size_t k, const float *const *a, const float *b, size_t panel,         \
-                            float *y) {                                                            \
-        enum { LANE = sizeof(Vec) / sizeof(float) };                                               \
-        Vec total[ROWS][VECTORS] = {{{0}}};                                                        \
+    target static void name(TILE_PARAMETERS) {                                                     \
+        enum { LANE = sizeof(Vec) / sizeof(float) }; /* floats of a vector */                      \
+        Vec total[ROWS][VECTORS] = {{{0}}};          /* of all blocks */                           \
         size_t from, kk;                                                                           \
         int i, j;                                                                                  \
                                                                                                    \
         for (from = 0; from < k; from += K_BLOCK) {                                                \
             const size_t end = k - from < K_BLOCK ? k : from + K_BLOCK;                            \
-            Vec sum[ROWS][VECTORS] = {{{0}}};                                                      \
-                                                                                                   \
+            Vec sum[ROWS][VECTORS] = {{{0}}}; /* of this block */                                  \
             for (kk = from; kk < end; kk++) {                                                      \
-                Vec row[VECTORS];                                                                  \
-                                                                                                   \
+                Vec row[VECTORS]; /* of b, over one or more panels */                              \
                 UNROLL for (j = 0; j < VECTORS; j++)                                               \
                     row[j] = *(const Vec *)(b + (size_t)(j * LANE / PANEL) * panel +               \
                                             kk * PANEL + j * LANE % PANEL);                        \
@@ -1331,93 +1290,64 @@ ALWAYS_INLINE void plain_body(size_t k, const float *const *a, const float *b, s
         }                                                                                          \
         for (i = 0; i < ROWS; i++)                                                                 \
             for (j = 0; j < VECTORS; j++)                                                          \
-                *(Vec *)(y + (i * VECTORS + j) * LANE) = total[i][j];                              \
+                *(Vec *)(y + (size_t)i * ldy + j * LANE) =                                         \
+                    total[i][j] + *(const Vec *)(bias + j * LANE);                                 \
     }
 
-/* The functions of a tier: the bodies above, compiled for its instructions. */
-#define TIER(tier, target, ROWS, COLS)                                                             \
-    target static void plain_##tier(size_t k, const float *const *a, const float *b, size_t panel, \
-                                    float *y) {                                                    \
-        plain_body(k, a, b, panel, y, ROWS, COLS);                                                 \
+/* The functions of a tier: the bodies above, compiled for its instructions, and their table. */
+#define KERNEL_NAME(T, A, result, give, name, parameters, arguments) name##_##T,
+#define KERNEL_FUNCTION(T, A, result, give, name, parameters, arguments)                           \
+    A static result name##_##T parameters { give name##_body arguments; }
+#define TIER(T, A, ROWS, COLS)                                                                     \
+    A static void plain_##T(TILE_PARAMETERS) {                                                     \
+        plain_body(k, a, b, panel, bias, y, ldy, ROWS, COLS);                                      \
     }                                                                                              \
-    target static void pack_##tier(const PanelSource *s, float *panel, double *bias) {             \
-        pack_body(s, panel, bias);                                                                 \
-    }                                                                                              \
-    target static void activate_##tier(uint32_t act_fn, float *x, size_t n) {                      \
-        activate_body(act_fn, x, n);                                                               \
-    }                                                                                              \
-    target static void exponentials_##tier(float *x, size_t n, float subtract) {                   \
-        exponentials_body(x, n, subtract);                                                         \
-    }                                                                                              \
-    target static double mean_##tier(const float *x, size_t n) {                                   \
-        return mean_body(x, n);                                                                    \
-    }                                                                                              \
-    target static void norm_scale_##tier(const float *x, size_t n, double eps, float *scale) {     \
-        norm_scale_body(x, n, eps, scale);                                                         \
-    }                                                                                              \
-    target static void normalize_##tier(const float *x, size_t n, float scale, const float *w,     \
-                                        const float *b, float *y) {                                \
-        normalize_body(x, n, scale, w, b, y);                                                      \
-    }                                                                                              \
-    target static void scores_##tier(const float *q, const float *const *k, size_t at, size_t n,   \
-                                     size_t d, float divisor, float *out) {                        \
-        scores_body(q, k, at, n, d, divisor, out);                                                 \
-    }                                                                                              \
-    target static void mix_##tier(const float *pattern, const float *const *v, size_t at,          \
-                                  size_t n, size_t d, float *z) {                                  \
-        mix_body(pattern, v, at, n, d, z);                                                         \
-    }                                                                                              \
-    static const Kernels kernels_##tier = {                                                        \
-        #tier, ROWS, COLS, tile_##tier, plain_##tier, pack_##tier, activate_##tier,                \
-        exponentials_##tier, mean_##tier, norm_scale_##tier, normalize_##tier, scores_##tier, mix_##tier};
+    KERNELS(KERNEL_FUNCTION, T, A)                                                                 \
+    static const Kernels kernels_##T = {#T, ROWS, COLS, tile_##T, plain_##T,                       \
+                                        KERNELS(KERNEL_NAME, T, )};
 
 #if defined(__GNUC__) && !defined(__TINYC__) && !defined(PATCH_PLAIN)
-#define PATCH_VECTOR 1
+#define BASELINE kernels_vector
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
-typedef float Vec4 __attribute__((vector_size(16), aligned(4), may_alias));
+/* Vectors that may stand wherever a float may, since rows and panels do. */
+typedef float Vec4 __attribute__((vector_size(16), aligned(4), may_alias)); /* SSE2, NEON */
 #if defined(__x86_64__)
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,avx512vl,avx512dq,avx2,fma")))
 typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float Vec16 __attribute__((vector_size(64), aligned(4), may_alias));
-TILE_KERNEL(tile_avx512, AVX512, Vec16, 8, 3)
+TILE_KERNEL(tile_avx512, AVX512, Vec16, 8, 3) /* sum: 24 of 32 registers */
 TIER(avx512, AVX512, 8, 48)
-TILE_KERNEL(tile_avx2, AVX2, Vec8, 6, 2)
+TILE_KERNEL(tile_avx2, AVX2, Vec8, 6, 2) /* 12 of 16 registers */
 TIER(avx2, AVX2, 6, 16)
 #endif
 TILE_KERNEL(tile_vector, , Vec4, 6, 2)
 TIER(vector, , 6, 8)
 #else
-static void tile_plain(size_t k, const float *const *a, const float *b, size_t panel, float *y) {
-    plain_body(k, a, b, panel, y, 4, PANEL);
-}
+#define BASELINE kernels_plain
+#define tile_plain plain_plain /* the reference has to do */
 TIER(plain, , 4, 16)
 #endif
 
-/* The best tier that this processor has; ACTPATCH_KERNELS=avx2, vector in the environment asks for a
-   lesser one (for tests: each tier must be tried on one machine). */
+/* The best tier that this processor has; ACTPATCH_KERNELS=avx2, vector in the environment asks for
+   a lesser one (for tests: each tier must be tried on one machine). */
 static const Kernels *choose_kernels(void) {
-#if defined(PATCH_VECTOR) && defined(__x86_64__)
+#ifdef AVX512
     const char *wish = getenv("ACTPATCH_KERNELS");
-    const int any = wish == NULL || *wish == 0;
-
+    if (wish == NULL || *wish == 0)
+        wish = "avx512 avx2";
     __builtin_cpu_init();
-    if ((any || strcmp(wish, "avx512") == 0) && __builtin_cpu_supports("avx512f") &&
+    if (strstr(wish, "avx512") && __builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         return &kernels_avx512;
-    if ((any || strcmp(wish, "avx2") == 0) && __builtin_cpu_supports("avx2") &&
-        __builtin_cpu_supports("fma"))
+    if (strstr(wish, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return &kernels_avx2;
 #endif
-#ifdef PATCH_VECTOR
-    return &kernels_vector;
-#else
-    return &kernels_plain;
-#endif
+    return &BASELINE;
 }
 
 /* ==== 6. Weight processing =======================================================================
@@ -1425,95 +1355,79 @@ static const Kernels *choose_kernels(void) {
    logits' differences as they were, and with them log-probabilities and ranks:
 
    1 fold_ln   LN(x) W + b with LN(x) = n w + c, n = (x - mean) / scale, is n (w W) + (c W + b):
-               W_Q, W_K, W_V (ln1), W_in (ln2), W_U (ln_f) take the LayerNorm's weight and bias over.
-               n sums to 0 over d_model, so each column may lose its mean.
+               W_Q, W_K, W_V (ln1), W_in (ln2), W_U (ln_f) take the LayerNorm's weight and bias
+               over. n sums to 0 over d_model, so each column may lose its mean.
    2 center_writing_weights   Every LayerNorm that reads the residual stream subtracts its mean, so
                what is written needs none: W_E, W_pos, W_O, b_O, W_out, b_out lose theirs.
    3 center_unembed   A constant on all logits of a position changes no softmax: W_U and b_U lose
                their mean over the vocabulary.
    4 fold_value_biases   A pattern's row sums to 1, so that b_V reaches z unchanged, whatever the
                attention does: b_O += sum_h b_V[h] W_O[h], b_V = 0.
-   5 refactor_factored_attn_matrices   Only W_Q W_K^T and W_V W_O matter; see factor_product.
+   5 refactor_factored_attn_matrices   Only W_Q W_K^T and W_V W_O matter: chapter 11.1.
 
-   Nothing is processed ahead of time but step 5: a pass makes each panel of 48 columns from the stored
-   matrix when it needs it, and its pages go back to the system. That costs about a tenth of the
-   smallest sweep and saves a second copy of all the weights.
+   Only step 5 is done ahead of time: a pass makes each panel from the stored matrix when it needs
+   it, which costs about a tenth of the smallest sweep and saves a second copy of all the weights.
    What bites: matrices are [in,out] (Conv1D), c_attn holds Q, K and V side by side; the LayerNorm's
    bias meets the unscaled W; the value biases meet the centered W_O. */
 
 struct patch_model {
-    ModelFile file;
-    patch_dims dims;
-    patch_options options;
+    ModelFile file;        /* what the file says */
+    patch_dims dims;       /* and what of it the caller may read */
+    patch_options options; /* as they hold: a processed file's are its own */
     patch_allocator allocator;
     Tokenizer tokenizer;
-    int has_tokenizer;
-    uint32_t steps; /* DID_... bits: the processing that a pass has to do, or that the file has had */
+    int has_tokenizer, threads;
+    uint32_t steps; /* DID_... bits: the processing that a pass has to do, or the file has had */
     const Kernels *kernels;
     TileKernel tile; /* the tier's tuned kernel, or its plain one */
-    int threads;
     size_t max_k;    /* the longest column of any matrix */
-    float *factored; /* step 5: [L] of W_Q, W_K, W_V, W_O [C,C] and b_Q, b_K, b_V, b_O [C]; or NULL */
+    float *factored; /* step 5: [L] of W_Q, W_K, W_V, W_O [C,C], b_Q, b_K, b_V, b_O [C]; or NULL */
 };
-
 typedef struct patch_model Model;
 
 enum { LINEAR_Q, LINEAR_K, LINEAR_V, LINEAR_O, LINEAR_IN, LINEAR_OUT, LINEARS };
+enum { VOCAB_CHUNK = 85 * STEP }; /* columns of W_U at a time */
 
 /* y [rows,n] = x [rows,k] . W + b, and how W and b come from what is stored. */
 typedef struct Linear {
     size_t k, n;
-    const Tensor *matrix, *bias; /* bias NULL: none stored */
-    size_t column;               /* where the n columns begin, in both */
-    size_t first_row, rows;      /* which rows of the matrix count (transposed: they are the columns),
-                                    and how many it has */
-    int transposed;
-    const float *dense, *dense_bias;   /* instead of matrix and bias: step 5's results */
-    const Tensor *norm_w, *norm_b;     /* fold_ln */
-    int center;                        /* center_writing_weights */
-    const double *shift;               /* fold_value_biases: b_V [k], else NULL */
-    int takes_value_bias;              /* W_O then: shift is wanted */
-    int drop_bias;                     /* fold_value_biases: W_V's bias is found, but not added */
-    int keep;                          /* the matrix's pages are needed again at once */
-    const double *center_after;        /* center_unembed: mean column [k], else NULL */
-    double bias_after;                 /* and mean bias, to be subtracted */
+    const Tensor *matrix, *bias;     /* bias NULL: none stored */
+    size_t column;                   /* where the n columns begin, in both */
+    size_t first_row, rows;          /* which rows of the matrix count, of how many */
+    int transposed;                  /* its rows are the columns: W_U */
+    const float *dense, *dense_bias; /* instead of matrix and bias: step 5's [C,C] and [C] */
+    const Tensor *norm_w, *norm_b;   /* fold_ln */
+    int center;                      /* center_writing_weights */
+    const double *shift;             /* fold_value_biases: b_V [k], else NULL */
+    int takes_value_bias, drop_bias; /* fold_value_biases: W_O wants shift; W_V adds no bias */
+    const double *center_after;      /* center_unembed: mean column [k], else NULL */
+    double bias_after;               /* and mean bias, to be subtracted */
 } Linear;
 
-/* What a call computes with: the model, the call's memory, and scratch, so that nothing is allocated
-   inside a pass. */
+/* What a call computes with. The scratch serves one Linear at a time: a pass allocates nothing. */
 typedef struct Work {
     const Model *m;
-    Pool *pool;
-    patch_stats *stats; /* NULL: not wanted */
-    float *panels;      /* [threads, 3, max_k, 16] */
-    float *scale;       /* [2, max_k], and of shift and center [max_k]: of one Linear at a time */
-    double *shift, *center, *bias; /* bias: [the most columns of a Linear] */
+    Pool *pool;             /* the call's memory */
+    patch_stats *stats;     /* NULL: not wanted */
+    float *panels, *scale;  /* [threads, 3, max_k, 16] and [2, max_k] */
+    double *shift, *center; /* [max_k] each */
+    double *bias;           /* [the most columns of a Linear] */
 } Work;
-
-enum { VOCAB_CHUNK = 85 * STEP }; /* columns of W_U at a time */
-
-static size_t most_columns(const ModelFile *f) {
-    const size_t most = f->M > f->C ? f->M : f->C, chunk = f->V < VOCAB_CHUNK ? f->V : VOCAB_CHUNK;
-
-    return most > chunk ? most : chunk;
-}
 
 static patch_status work_begin(Work *w, const Model *m, Pool *pool, patch_stats *stats,
                                patch_error *e) {
-    w->m = m;
-    w->pool = pool;
-    w->stats = stats;
+    const size_t chunk = m->file.V < VOCAB_CHUNK ? m->file.V : VOCAB_CHUNK;
+    *w = (Work){.m = m, .pool = pool, .stats = stats};
     w->panels = pool_take(pool, (size_t)m->threads * m->max_k * STEP, sizeof(float));
     w->scale = pool_take(pool, 2 * m->max_k, sizeof(float));
     w->shift = pool_take(pool, m->max_k, sizeof(double));
     w->center = pool_take(pool, m->max_k, sizeof(double));
-    w->bias = pool_take(pool, most_columns(&m->file), sizeof(double));
-    if (w->panels && w->scale && w->shift && w->center && w->bias)
-        return PATCH_OK;
-    return no_memory(e, "scratch", pool->refused);
+    w->bias = pool_take(pool, m->max_k > chunk ? m->max_k : chunk, sizeof(double));
+    return w->panels && w->scale && w->shift && w->center && w->bias
+               ? PATCH_OK : no_memory(e, "scratch", pool->refused);
 }
 
-/* Threads for a piece of work of so many multiply-adds: few are not worth waking others for. */
+/* Threads for so many multiply-adds: few are not worth waking others for. */
 static int team(const Model *m, double work) {
     return work < 2e5 ? 1 : m->threads;
 }
@@ -1525,30 +1439,26 @@ static patch_status unreadable(const Model *m, patch_error *e) {
 
 /* The Linear of one matrix of one layer, as this model's processing has it. */
 static Linear layer_linear(const Model *m, size_t layer, int which) {
-    static const int folded[] = {FOLD_Q, FOLD_K, FOLD_V, FOLD_O, FOLD_IN, FOLD_OUT};
-    static const int raw[] = {RAW_QKV, RAW_QKV, RAW_QKV, RAW_O, RAW_IN, RAW_OUT};
+    static const size_t folded[] = {FOLD_Q, FOLD_K, FOLD_V, FOLD_O, FOLD_IN, FOLD_OUT};
+    static const size_t raw[] = {RAW_QKV, RAW_QKV, RAW_QKV, RAW_O, RAW_IN, RAW_OUT};
     const ModelFile *f = &m->file;
-    const int reads_norm = which != LINEAR_O && which != LINEAR_OUT;
-    Linear l;
+    const size_t C = f->C, at = (size_t)which * C; /* where Q, K, V, O begin, side by side */
+    const int reads_norm = which != LINEAR_O && which != LINEAR_OUT; /* else it writes the stream */
+    const int processed = (f->processing & DID_FOLD) != 0;
+    Linear l = {.k = which == LINEAR_OUT ? f->M : C, .n = which == LINEAR_IN ? f->M : C};
 
-    memset(&l, 0, sizeof l);
-    l.k = l.rows = which == LINEAR_OUT ? f->M : f->C;
-    l.n = which == LINEAR_IN ? f->M : f->C;
-    if (f->processing & DID_FOLD) {
-        l.matrix = layer_tensor(f, layer, (size_t)folded[which]);
-        l.bias = layer_tensor(f, layer, (size_t)folded[which] + 1);
-        return l;
-    }
+    l.rows = l.k;
     if (m->factored != NULL && which <= LINEAR_O) {
-        const float *p = m->factored + layer * 4 * (f->C * f->C + f->C);
-
-        l.dense = p + (size_t)which * f->C * f->C;
-        l.dense_bias = p + 4 * f->C * f->C + (size_t)which * f->C;
+        const float *p = m->factored + layer * 4 * (C * C + C);
+        l.dense = p + at * C;
+        l.dense_bias = p + 4 * C * C + at;
         return l;
     }
-    l.matrix = layer_tensor(f, layer, (size_t)raw[which]);
-    l.bias = layer_tensor(f, layer, (size_t)raw[which] + 1);
-    l.column = which <= LINEAR_V ? (size_t)which * f->C : 0;
+    l.matrix = layer_tensor(f, layer, processed ? folded[which] : raw[which]);
+    l.bias = l.matrix + 1; /* in the file's order */
+    if (processed) /* nothing is left to do */
+        return l;
+    l.column = which <= LINEAR_V ? at : 0; /* of c_attn */
     if (reads_norm && (m->steps & DID_FOLD_LN)) {
         l.norm_w = layer_tensor(f, layer, which == LINEAR_IN ? RAW_LN2_W : RAW_LN1_W);
         l.norm_b = l.norm_w + 1;
@@ -1556,145 +1466,118 @@ static Linear layer_linear(const Model *m, size_t layer, int which) {
     l.center = !reads_norm && (m->steps & DID_CENTER_WRITING);
     l.takes_value_bias = which == LINEAR_O && (m->steps & DID_FOLD_VALUES);
     l.drop_bias = which == LINEAR_V && (m->steps & DID_FOLD_VALUES);
-    l.keep = which == LINEAR_Q || which == LINEAR_K;
     return l;
 }
 
-/* Add `n` elements of a stored vector from `column` on to out; 0 where they cannot be read. */
+/* out [n] += a stored vector from `column` on, by way of the panels' place; 0: it is unreadable. */
 static int add_vector(const Work *w, const Tensor *t, size_t column, size_t n, double *out) {
-    const ModelFile *f = &w->m->file;
-    const unsigned char *p = weights(f, t, 0, t->rows, w->pool->a);
     size_t i;
-
-    if (p == NULL)
+    if (!weights_row(&w->m->file, t, 0, w->panels, w->pool->a))
         return 0;
-    for (i = 0; i < n; i++) {
-        float value;
-
-        load_floats(t->type, p, column + i, 1, &value);
-        out[i] += (double)value;
-    }
-    weights_done(f, t, t->rows, p, w->pool->a);
+    for (i = 0; i < n; i++)
+        out[i] += (double)w->panels[column + i];
     return 1;
 }
 
-/* Means of the stored matrix's rows, for center_writing_weights. */
-static void row_means(const Work *w, const Linear *l, const unsigned char *bytes, double *mean) {
-    OMP(parallel for num_threads(team(w->m, (double)(l->k * l->n))) schedule(static))
-    for (long i = 0; i < (long)l->k; i++) {
-        float *row = w->panels + (size_t)thread_number() * w->m->max_k * STEP;
-
-        load_floats(l->matrix->type, bytes, (size_t)i * l->n, l->n, row);
-        mean[i] = w->m->kernels->mean(row, l->n);
-    }
-}
-
-/* Fill the scratch with what the panels of this Linear are made from and w->bias with its bias as far
-   as it is stored, and describe panel 0 in *s. Returns 0 where something cannot be read. */
-static int linear_begin(const Work *w, const Linear *l, const unsigned char *bytes, PanelSource *s) {
+/* Fill the scratch with what the panels of this Linear are made from and w->bias with its bias as
+   far as it is stored, and describe panel 0 in *s. Returns 0 where something cannot be read. */
+static int linear_begin(const Work *w, const Linear *l, const unsigned char *bytes,
+                        PanelSource *s) {
+    double mean = 0; /* of the bias */
     size_t i;
-    double mean = 0;
 
-    memset(s, 0, sizeof *s);
-    memset(w->bias, 0, l->n * sizeof *w->bias);
-    s->bytes = bytes;
-    s->dense = l->dense ? l->dense + l->first_row * l->n : NULL;
-    s->k = l->k;
-    s->transposed = l->transposed;
-    s->type = l->matrix ? l->matrix->type : TYPE_F32;
-    s->stride = l->matrix ? l->matrix->cols : l->n;
-    s->shift = l->shift;
-    s->center_after = l->center_after;
-    if (l->dense_bias != NULL)
-        for (i = 0; i < l->n; i++)
-            w->bias[i] = (double)l->dense_bias[i];
+    *s = (PanelSource){.bytes = bytes, .dense = l->dense ? l->dense + l->first_row * l->n : NULL,
+                       .type = l->matrix ? l->matrix->type : TYPE_F32, .k = l->k,
+                       .stride = l->matrix ? l->matrix->cols : l->n, .transposed = l->transposed,
+                       .shift = l->shift, .center_after = l->center_after};
+    for (i = 0; i < l->n; i++)
+        w->bias[i] = l->dense_bias ? (double)l->dense_bias[i] : 0;
     if (l->bias != NULL && !add_vector(w, l->bias, l->column, l->n, w->bias))
         return 0;
-    if (l->norm_w != NULL) {
-        if (!weights_row(&w->m->file, l->norm_w, 0, w->scale, w->pool->a))
-            return 0;
+    if (l->norm_w != NULL) { /* fold_ln */
         memset(w->shift, 0, l->k * sizeof *w->shift);
-        if (!add_vector(w, l->norm_b, 0, l->k, w->shift))
+        if (!weights_row(&w->m->file, l->norm_w, 0, w->scale, w->pool->a) ||
+            !add_vector(w, l->norm_b, 0, l->k, w->shift))
             return 0;
         s->scale = w->scale;
         s->shift = w->shift;
     }
-    if (l->center) {
-        row_means(w, l, bytes, w->center);
+    if (l->center) { /* each row of W and, like one row more, the bias */
+        PARALLEL(team(w->m, (double)l->k * (double)l->n), schedule(static))
+        for (long k = 0; k < (long)l->k; k++) {
+            float *row = w->panels + (size_t)thread_number() * w->m->max_k * STEP;
+            load_floats(l->matrix->type, bytes, (size_t)k * l->n, l->n, row);
+            w->center[k] = w->m->kernels->mean(row, l->n);
+        }
         s->center = w->center;
         for (i = 0; i < l->n; i++)
             mean += w->bias[i];
         mean /= (double)l->n;
     }
-    for (i = 0; i < l->n; i++)
+    for (i = 0; i < l->n; i++) /* of the two centerings, at most one is wanted */
         w->bias[i] -= mean + l->bias_after;
     return 1;
 }
 
-/* Panel number `panel` of the Linear in [k][16] floats, and its share of the bias. Panels that do not
-   exist are zero. */
-static void linear_panel(const Work *w, const Linear *l, const PanelSource *s, size_t panel, float *out) {
+/* out [k,16] = panel number `panel`, zeros behind the last; w->bias += its share of the bias. */
+static void linear_panel(const Work *w, const Linear *l, const PanelSource *s, size_t panel,
+                         float *out) {
+    const size_t first = panel * PANEL;
     PanelSource mine = *s;
     double bias[PANEL] = {0};
     size_t j;
 
-    if (panel * PANEL >= l->n) {
+    mine.column = l->column + first;
+    mine.columns = l->n - first < PANEL ? l->n - first : PANEL;
+    if (first >= l->n)
         memset(out, 0, l->k * PANEL * sizeof *out);
-        return;
+    else if (s->type == TYPE_PANELS) /* a processed file's, as it stands */
+        load_floats(TYPE_F32, s->bytes, first * l->rows + l->first_row * PANEL, l->k * PANEL, out);
+    else {
+        w->m->kernels->pack(&mine, out, bias);
+        for (j = 0; j < mine.columns; j++)
+            w->bias[first + j] += bias[j];
     }
-    mine.column = l->column + panel * PANEL;
-    mine.columns = l->n - panel * PANEL < PANEL ? l->n - panel * PANEL : PANEL;
-    if (s->type == TYPE_PANELS) {
-        load_floats(TYPE_F32, s->bytes, (panel * l->rows + l->first_row) * PANEL, l->k * PANEL, out);
-        return;
-    }
-    w->m->kernels->pack(&mine, out, bias);
-    for (j = 0; j < mine.columns; j++)
-        w->bias[panel * PANEL + j] += bias[j];
 }
 
-/* The rows of a product: row i of x is x + index[i] * ldx (index NULL: i), row i of y is y + i * ldy. */
+/* A product's rows: row i of x is x + index[i] * ldx (index NULL: i), of y is y + i * ldy. */
 typedef struct Rows {
+    size_t n, ldx, ldy;
     const float *x;
-    size_t ldx;
-    const int *index;
-    size_t n;
+    const int *index; /* [n] */
     float *y;
-    size_t ldy;
 } Rows;
 
-/* Columns first .. first + cols - 1 (at most 48) of all rows; b: their panels, `panel` floats apart. */
+/* y of all rows and columns first .. first + cols - 1 (at most 48). b: the columns' panels
+   [.][k][16], `panel` floats apart. */
 static void linear_columns(const Work *w, const Linear *l, const Rows *r, size_t first, size_t cols,
                            const float *b, size_t panel) {
-    const size_t high = w->m->kernels->rows, wide = w->m->kernels->cols;
-    float bias[STEP], tile[MAX_TILE_ROWS * STEP];
-    const float *a[MAX_TILE_ROWS];
+    const size_t high = w->m->kernels->rows, wide = w->m->kernels->cols; /* of a tile */
+    float bias[STEP] = {0}, tile[MAX_TILE_ROWS * STEP];                  /* tile [high,wide] */
+    const float *a[MAX_TILE_ROWS];                                       /* [high] rows of x */
     size_t sub, top, i, j;
 
     for (j = 0; j < cols; j++)
         bias[j] = l->drop_bias ? 0.0f : (float)w->bias[first + j];
-    for (sub = 0; sub < cols; sub += wide) {
-        const float *from = b + sub / PANEL * panel + sub % PANEL;
-        const size_t n = cols - sub < wide ? cols - sub : wide;
-
+    for (sub = 0; sub < cols; sub += wide)
         for (top = 0; top < r->n; top += high) {
             const size_t rows = r->n - top < high ? r->n - top : high;
-
+            const size_t n = cols - sub < wide ? cols - sub : wide; /* that exist, as `rows` */
+            const int whole = rows == high && n == wide; /* else by way of `tile` */
+            float *y = r->y + top * r->ldy + first + sub;
             for (i = 0; i < high; i++) { /* rows that do not exist repeat the last one */
                 const size_t row = top + (i < rows ? i : rows - 1);
-
                 a[i] = r->x + (r->index ? (size_t)r->index[row] : row) * r->ldx;
             }
-            w->m->tile(l->k, a, from, panel, tile);
-            for (i = 0; i < rows; i++)
-                for (j = 0; j < n; j++)
-                    r->y[(top + i) * r->ldy + first + sub + j] = tile[i * wide + j] + bias[sub + j];
+            w->m->tile(l->k, a, b + sub / PANEL * panel + sub % PANEL, panel, bias + sub,
+                       whole ? y : tile, whole ? r->ldy : wide);
+            for (i = 0; i < rows && !whole; i++)
+                memcpy(y + i * r->ldy, tile + i * wide, n * sizeof *y);
         }
-    }
 }
 
-/* y = x . W + b: the seam behind which all matrix products are. Tasks are groups of 48 columns; each
-   makes its panels and takes all rows through them, so the numbers do not depend on the threads. With
+/* y = x . W + b: the seam behind which all matrix products are. Tasks are groups of 48 columns;
+   each makes its panels and takes all rows through them: numbers do not depend on the threads. With
    `keep` not NULL the panels, [ceil(n/16)][k][16], are stored there instead: for `fold` and step 5.
    Afterwards w->bias holds the whole bias in double. */
 static patch_status linear(const Work *w, const Linear *l, const Rows *r, float *keep,
@@ -1705,508 +1588,166 @@ static patch_status linear(const Work *w, const Linear *l, const Rows *r, float 
     const size_t n_rows = t == NULL ? 0 : whole ? t->rows : l->transposed ? l->n : l->k;
     const unsigned char *bytes =
         t ? weights(&m->file, t, whole ? 0 : l->first_row, n_rows, w->pool->a) : NULL;
+    const int last = t == NULL || l->transposed || l->column + l->n == t->cols; /* of c_attn: V */
     const long groups = (long)((l->n + STEP - 1) / STEP);
-    const double work = (double)(r ? r->n + 8 : 8) * (double)l->k * (double)l->n;
-    const int ok = t == NULL || bytes != NULL;
+    const double size = (double)l->k * (double)l->n;
     PanelSource s;
 
-    if (!ok || !linear_begin(w, l, bytes, &s)) {
-        if (t != NULL)
-            weights_done(&m->file, t, n_rows, bytes, w->pool->a);
+    if ((t != NULL && bytes == NULL) || !linear_begin(w, l, bytes, &s)) {
+        weights_done(&m->file, t, n_rows, bytes, w->pool->a);
         return unreadable(m, e);
     }
-    OMP(parallel for num_threads(team(m, work)) schedule(dynamic))
+    PARALLEL(team(m, (double)(r ? r->n + 8 : 8) * size), schedule(dynamic))
     for (long g = 0; g < groups; g++) {
         const size_t at = (size_t)g * STEP, cols = l->n - at < STEP ? l->n - at : STEP;
-        const size_t n_panels = keep ? (cols + PANEL - 1) / PANEL : STEP / PANEL;
         float *scratch = keep ? keep + at * l->k
                               : w->panels + (size_t)thread_number() * m->max_k * STEP;
-        const float *b = scratch;
+        const float *b = scratch; /* [panels][k][16] */
         size_t p;
 
-        if (whole && !keep && !big_endian() && cols % m->kernels->cols == 0)
+        if (whole && !keep && !big_endian() && cols % m->kernels->cols == 0) /* in place */
             b = (const float *)(const void *)bytes + at * l->rows + l->first_row * PANEL;
         else
-            for (p = 0; p < n_panels; p++)
+            for (p = 0; p < STEP / PANEL && (!keep || p * PANEL < cols); p++)
                 linear_panel(w, l, &s, at / PANEL + p, scratch + p * l->k * PANEL);
         if (!keep && r->n > 0)
             linear_columns(w, l, r, at, cols, b, (b == scratch ? l->k : l->rows) * PANEL);
     }
-    if (t != NULL && !(l->keep && m->file.map.bytes != NULL))
+    if (m->file.map.bytes == NULL || last) /* else the pages are needed again at once */
         weights_done(&m->file, t, n_rows, bytes, w->pool->a);
     if (w->stats != NULL && !keep) {
-        w->stats->flops += 2.0 * (double)r->n * (double)l->k * (double)l->n;
-        w->stats->weight_bytes_read += (double)l->k * (double)l->n * (t && t->type == TYPE_F16 ? 2 : 4);
+        w->stats->flops += 2.0 * (double)r->n * size;
+        w->stats->weight_bytes_read += size * (t && t->type == TYPE_F16 ? 2 : 4);
     }
     return PATCH_OK;
-}
-
-/* ---- the linear algebra of step 5 ----
-   Scores depend on W_Q and W_K, and what a head writes on W_V and W_O, through a product A . B^T
-   alone, where A and B are [rows,d]; A M and B M^-T, for any invertible M, are other factors of it.
-   The singular value decomposition A . B^T = U S V^T (orthonormal columns in U and V; S diagonal,
-   not negative, descending) picks a pair that does not depend on how the head was stored, but for
-   signs: U sqrt(S) and V sqrt(S), or U S and V. The product, all that the model sees, is unchanged.
-
-   The product is [rows,rows] but of rank d at most, so it is never formed:
-      A = Q_a R_a,  B = Q_b R_b      thin QR by Householder reflections: Q orthonormal, R [d,d]
-      G = R_a R_b^T                  so that A . B^T = Q_a G Q_b^T, with the same singular values
-      G J = [u_1 s_1, u_2 s_2, ...]  J: plane rotations until the columns are orthogonal (Jacobi)
-      U S = Q_a (G J),  V = Q_b J
-   See Golub & Van Loan, Matrix Computations, on Householder QR and on Jacobi's SVD. Reflections,
-   since Gram-Schmidt loses orthogonality where columns are nearly dependent. One-sided Jacobi
-   (Hestenes 1958), since it is short and makes even the vectors of tiny singular values orthogonal.
-   Nothing is scaled against overflow: elements were floats, whose fourth powers a double holds. */
-
-/* Four sums side by side; a single one would wait for each addition before it starts the next. */
-static double dot(const double *x, const double *y, size_t n) {
-    double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-    size_t i;
-
-    for (i = 0; i + 4 <= n; i += 4) {
-        s0 += x[i] * y[i];
-        s1 += x[i + 1] * y[i + 1];
-        s2 += x[i + 2] * y[i + 2];
-        s3 += x[i + 3] * y[i + 3];
-    }
-    for (; i < n; i++)
-        s0 += x[i] * y[i];
-    return (s0 + s1) + (s2 + s3);
-}
-
-/* y += c x */
-static void add_scaled(double *restrict y, double c, const double *restrict x, size_t n) {
-    size_t i;
-
-    for (i = 0; i < n; i++)
-        y[i] += c * x[i];
-}
-
-/* Apply the reflection I - tau v v^T to columns j+1 .. cols-1 of a [rows,d]. v is 0 above row j, 1
-   in row j, and below it lies in a itself, in column j. w: scratch [d], for v^T a. */
-static void reflect(double *a, size_t rows, size_t d, size_t j, size_t cols, double tau,
-                    double *w) {
-    const size_t n = cols - j - 1;
-    double *top = a + j * d + j + 1; /* of the part that changes; one to the left of it is v */
-    size_t i;
-
-    memcpy(w, top, n * sizeof *w);
-    for (i = 1; i < rows - j; i++)
-        add_scaled(w, top[i * d - 1], top + i * d, n);
-    add_scaled(top, -tau, w, n);
-    for (i = 1; i < rows - j; i++)
-        add_scaled(top + i * d, -tau * top[i * d - 1], w, n);
-}
-
-/* a [rows,d] = Q R in place: R on and above the diagonal, below it the v of the reflections whose
-   product is Q. Reflection j turns column j, from row j down, into (r, 0, ..., 0), where r has the
-   sign opposite to the head's, so that nothing cancels in head - r. */
-static void qr(double *a, size_t rows, size_t d, double *tau, double *w) {
-    size_t i, j;
-
-    for (j = 0; j < rows && j < d; j++) {
-        const double head = a[j * d + j];
-        double tail = 0, r;
-
-        for (i = j + 1; i < rows; i++)
-            tail += a[i * d + j] * a[i * d + j];
-        tau[j] = 0;
-        if (tail < DBL_MIN / DBL_EPSILON) /* the last row, or zeros, or (in equal columns) */
-            continue;                     /* rounding errors of rounding errors, below any float */
-        r = head > 0 ? -sqrt(head * head + tail) : sqrt(head * head + tail);
-        tau[j] = (r - head) / r;
-        for (i = j + 1; i < rows; i++)
-            a[i * d + j] /= head - r;
-        a[j * d + j] = r;
-        reflect(a, rows, d, j, d, tau[j], w);
-    }
-}
-
-/* Turn what qr left into Q [rows,k], k = min(rows,d), in the first k columns of a. Column j of Q is
-   reflections j, j-1, ..., 0 of unit vector j: each in its turn, from the last one on, makes its
-   own column in the place of its v and changes those to the right. */
-static void form_q(double *a, size_t rows, size_t d, const double *tau, double *w) {
-    const size_t k = rows < d ? rows : d;
-    size_t i, j;
-
-    for (j = k; j-- > 0;) {
-        reflect(a, rows, d, j, k, tau[j], w);
-        for (i = 0; i < j; i++)
-            a[i * d + j] = 0;
-        a[j * d + j] = 1 - tau[j];
-        for (i = j + 1; i < rows; i++)
-            a[i * d + j] *= -tau[j];
-    }
-}
-
-/* x, y = c x + s y, c y - s x. Written with c = 1 - s h, so that a small rotation makes a small
-   rounding error: with c itself, lengths drift by 1e-14 over all the rotations; so, by 2e-15. */
-static void rotate(double *restrict x, double *restrict y, double s, double h, size_t n) {
-    size_t i;
-
-    for (i = 0; i < n; i++) {
-        const double xi = x[i], yi = y[i];
-
-        x[i] = xi + s * (yi - h * xi);
-        y[i] = yi - s * (xi + h * yi);
-    }
-}
-
-/* One step of Jacobi's method: x and y are two columns of G (`rows` elements), each followed by its
-   column of J, `width` in all. Put the longer one first, then rotate so that x . y = 0 in G. The
-   value is 0 if there was nothing to do. A squared length up to `noise` is rounding error and left
-   alone: where columns outnumber dimensions, such ones could never all be orthogonal. */
-static int settle(double *x, double *y, size_t rows, size_t width, double noise) {
-    const double tolerance = DBL_EPSILON * sqrt((double)rows); /* a dot product's own error */
-    double xx = dot(x, x, rows), yy = dot(y, y, rows), xy = dot(x, y, rows), half, t, c;
-    const int exchange = xx < yy;
-    size_t i;
-
-    if (exchange) {
-        for (i = 0; i < width; i++)
-            t = x[i], x[i] = y[i], y[i] = t;
-        t = xx, xx = yy, yy = t;
-    }
-    if (yy <= noise || !(fabs(xy) > tolerance * sqrt(xx) * sqrt(yy)))
-        return exchange;
-    half = (xx - yy) / 2;              /* tan(2 angle) = xy / half */
-    t = xy / (half + hypot(half, xy)); /* tan(angle), at most 1 */
-    c = 1 / sqrt(1 + t * t);
-    rotate(x, y, c * t, c * t / (1 + c), width);
-    return 1;
-}
-
-/* a [rows,d] = its first k columns . M [k,n], then zeros. m: the columns of M, `width` apart. */
-static void times(double *a, size_t rows, size_t d, const double *m, size_t width, size_t k,
-                  size_t n, double *row) {
-    size_t i, j;
-
-    for (i = 0; i < rows; i++) {
-        memcpy(row, a + i * d, k * sizeof *row);
-        for (j = 0; j < d; j++)
-            a[i * d + j] = j < n ? dot(row, m + j * width, k) : 0;
-    }
-}
-
-/* gj [k_b, k_a + k_b]: row j is column j of G, from the R that qr left in a and b, then column j of
-   J, as yet the identity. Returns the sum of G's squares. */
-static double form_g(const double *a, size_t k_a, const double *b, size_t k_b, size_t d,
-                     double *gj) {
-    double sum = 0;
-    size_t i, j;
-
-    for (j = 0; j < k_b; j++, gj += k_a + k_b) {
-        for (i = 0; i < k_a; i++) {
-            const size_t from = i > j ? i : j; /* R is zero to the left of its diagonal */
-
-            gj[i] = dot(a + i * d + from, b + j * d + from, d - from);
-        }
-        for (i = 0; i < k_b; i++)
-            gj[k_a + i] = i == j;
-        sum += dot(gj, gj, k_a);
-    }
-    return sum;
-}
-
-/* The doubles of scratch that factor_product needs. */
-static size_t factor_work(size_t rows_a, size_t rows_b, size_t d) {
-    const size_t k_a = rows_a < d ? rows_a : d, k_b = rows_b < d ? rows_b : d;
-
-    return 3 * d + k_b * (k_a + k_b);
-}
-
-/* Replace the factors of A . B^T = U S V^T, a [rows_a,d] and b [rows_b,d], by U sqrt(S), V sqrt(S)
-   (balance: W_Q and W_K are equals) or by U S, V (W_V and W_O: z gets the length of what the head
-   writes). The product is unchanged. Columns from min(rows_a, rows_b, d) on become zero, and those
-   of singular values 0 too, except V's, which stay orthonormal. work: factor_work() doubles. */
-static void factor_product(double *a, size_t rows_a, double *b, size_t rows_b, size_t d,
-                           int balance, double *work) {
-    const size_t k_a = rows_a < d ? rows_a : d, k_b = rows_b < d ? rows_b : d, width = k_a + k_b;
-    const size_t n = k_a < k_b ? k_a : k_b;
-    double *tau_a = work, *tau_b = tau_a + d, *row = tau_b + d, *gj = row + d;
-    double noise;
-    int sweep, again = 1;
-    size_t i, p, q;
-
-    qr(a, rows_a, d, tau_a, row);
-    qr(b, rows_b, d, tau_b, row);
-    noise = DBL_EPSILON * DBL_EPSILON * form_g(a, k_a, b, k_b, d, gj);
-    for (sweep = 0; again && sweep < 60; sweep++) /* 9 or 10 for d = 64, 16 seen */
-        for (again = 0, p = 0; p < k_b; p++)
-            for (q = p + 1; q < k_b; q++)
-                again |= settle(gj + p * width, gj + q * width, k_a, width, noise);
-    for (p = 0; p < n; p++) {
-        double *column = gj + p * width;
-        const double ss = dot(column, column, k_a), s = ss <= noise ? 0 : sqrt(ss);
-        const double left = s == 0 ? 0 : balance ? 1 / sqrt(s) : 1, right = balance ? sqrt(s) : 1;
-
-        for (i = 0; i < width; i++)
-            column[i] *= i < k_a ? left : right;
-    }
-    form_q(a, rows_a, d, tau_a, row);
-    form_q(b, rows_b, d, tau_b, row);
-    times(a, rows_a, d, gj, width, k_a, n, row);
-    times(b, rows_b, d, gj + k_a, width, k_b, n, row);
-}
-
-/* Step 5 for one head: its columns of the dense matrices q, k, v, o (all [C,C], biases behind them) are
-   replaced. ab and work: scratch of factor_scratch() doubles. */
-static void factor_head(const Model *m, size_t head, float *q, float *o_biases, double *ab) {
-    const size_t C = m->file.C, D = m->file.D, at = head * D;
-    float *k = q + C * C, *v = k + C * C, *o = v + C * C;
-    double *a = ab, *b = a + (C + 1) * D, *work = b + (C + 1) * D;
-    size_t i, j;
-
-    for (i = 0; i <= C; i++) /* the last row is the bias: scores are [x,1] [W_Q;b_Q] [W_K;b_K]^T [y,1] */
-        for (j = 0; j < D; j++) {
-            a[i * D + j] = (double)(i < C ? q[i * C + at + j] : o_biases[at + j]);
-            b[i * D + j] = (double)(i < C ? k[i * C + at + j] : o_biases[C + at + j]);
-        }
-    factor_product(a, C + 1, b, C + 1, D, 1, work);
-    for (i = 0; i <= C; i++)
-        for (j = 0; j < D; j++) {
-            *(i < C ? &q[i * C + at + j] : &o_biases[at + j]) = (float)a[i * D + j];
-            *(i < C ? &k[i * C + at + j] : &o_biases[C + at + j]) = (float)b[i * D + j];
-        }
-    for (i = 0; i < C; i++)
-        for (j = 0; j < D; j++) {
-            a[i * D + j] = (double)v[i * C + at + j];
-            b[i * D + j] = (double)o[(at + j) * C + i];
-        }
-    factor_product(a, C, b, C, D, 0, work);
-    for (i = 0; i < C; i++)
-        for (j = 0; j < D; j++) {
-            v[i * C + at + j] = (float)a[i * D + j];
-            o[(at + j) * C + i] = (float)b[i * D + j];
-        }
-}
-
-/* Step 5 for one layer: the processed W_Q, W_K, W_V, W_O as dense matrices with their biases, b_V folded
-   into b_O whether or not step 4 is on, as TransformerLens does; then each head. out [4 C C + 4 C]. */
-static patch_status factor_layer(const Work *w, size_t layer, float *panels, double *value_bias,
-                                 double *ab, size_t n_ab, float *out, patch_error *e) {
-    const size_t C = w->m->file.C;
-    int which;
-    size_t i, j;
-
-    for (which = LINEAR_Q; which <= LINEAR_O; which++) {
-        Linear l = layer_linear(w->m, layer, which);
-        patch_status s;
-
-        l.shift = which == LINEAR_O ? value_bias : NULL;
-        if ((s = linear(w, &l, NULL, panels, e)) != PATCH_OK)
-            return s;
-        for (i = 0; i < C; i++)
-            for (j = 0; j < C; j++)
-                out[((size_t)which * C + i) * C + j] = panels[(j / PANEL * C + i) * PANEL + j % PANEL];
-        for (j = 0; j < C; j++)
-            out[4 * C * C + (size_t)which * C + j] = which == LINEAR_V ? 0.0f : (float)w->bias[j];
-        if (which == LINEAR_V)
-            memcpy(value_bias, w->bias, C * sizeof *value_bias);
-    }
-    OMP(parallel for num_threads(w->m->threads) schedule(dynamic))
-    for (long h = 0; h < (long)w->m->file.H; h++)
-        factor_head(w->m, (size_t)h, out, out + 4 * C * C, ab + n_ab * (size_t)thread_number());
-    return PATCH_OK;
-}
-
-/* Step 5 for the whole model, once, when it is opened: 2 SVDs a head. */
-static patch_status factor_model(Model *m, patch_error *e) {
-    const size_t C = m->file.C, D = m->file.D, per_layer = 4 * C * C + 4 * C;
-    const size_t n_ab = 2 * (C + 1) * D + factor_work(C + 1, C + 1, D);
-    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    float *panels = pool_take(&pool, (C + PANEL - 1) / PANEL * PANEL * C, sizeof *panels);
-    double *value_bias = pool_take(&pool, C, sizeof *value_bias);
-    double *ab = pool_take(&pool, n_ab * (size_t)m->threads, sizeof *ab);
-    float *out = take(&m->allocator, m->file.L * per_layer, sizeof *out);
-    patch_status s;
-    Work w;
-    size_t layer;
-
-    if (!panels || !value_bias || !ab || !out)
-        s = no_memory(e, "refactored attention", m->file.L * per_layer * sizeof(float));
-    else
-        s = work_begin(&w, m, &pool, NULL, e);
-    for (layer = 0; s == PATCH_OK && layer < m->file.L; layer++)
-        s = factor_layer(&w, layer, panels, value_bias, ab, n_ab, out + layer * per_layer, e);
-    if (s == PATCH_OK)
-        m->factored = out;
-    else
-        give(&m->allocator, out);
-    return pool_end(&pool, s);
 }
 
 /* ---- opening ---- */
 
 patch_options patch_options_default(void) {
-    patch_options o;
-
-    memset(&o, 0, sizeof o);
-    o.fold_ln = o.center_writing_weights = o.center_unembed = o.fold_value_biases = 1;
-    return o;
+    return (patch_options){.fold_ln = 1, .center_writing_weights = 1, .center_unembed = 1,
+                           .fold_value_biases = 1};
 }
 
-/* A folded file has had its processing; otherwise the options say what a pass has to do. */
-static void settle_steps(Model *m) {
-    patch_options *o = &m->options;
-    const uint32_t did = m->file.processing;
+#ifdef PATCH_CORE
+#define factor_model(m, e) fail(e, PATCH_E_USAGE, "refactor_factored_attn_matrices",               \
+                                "PATCH_CORE has left it out of this build; leave the option out")
+#else
+static patch_status factor_model(Model *m, patch_error *e); /* step 5: chapter 11.1 */
+#endif
 
-    if (did & DID_FOLD) {
-        o->fold_ln = (did & DID_FOLD_LN) != 0;
-        o->center_writing_weights = (did & DID_CENTER_WRITING) != 0;
-        o->center_unembed = (did & DID_CENTER_UNEMBED) != 0;
-        o->fold_value_biases = (did & DID_FOLD_VALUES) != 0;
-        o->refactor_factored_attn_matrices = (did & DID_REFACTOR) != 0;
-    }
-    m->steps = (o->fold_ln ? DID_FOLD_LN : 0u) | (o->center_writing_weights ? DID_CENTER_WRITING : 0u) |
-               (o->center_unembed ? DID_CENTER_UNEMBED : 0u) |
-               (o->fold_value_biases ? DID_FOLD_VALUES : 0u) |
-               (o->refactor_factored_attn_matrices ? DID_REFACTOR : 0u);
-}
-
-static void settle_dims(Model *m) {
+/* What follows from the file and the options, step 5 included. */
+static patch_status settle_model(Model *m, patch_error *e) {
     const ModelFile *f = &m->file;
-    patch_dims *d = &m->dims;
+    const int folded = (f->processing & DID_FOLD) != 0, most = thread_ceiling();
+    patch_options *o = &m->options;
+    int *const on[] = {&o->fold_ln, &o->center_writing_weights, &o->center_unembed,
+                       &o->fold_value_biases, &o->refactor_factored_attn_matrices};
     size_t i;
 
-    d->n_layers = (int)f->L;
-    d->n_heads = (int)f->H;
-    d->d_model = (int)f->C;
-    d->d_head = (int)f->D;
-    d->d_mlp = (int)f->M;
-    d->n_ctx = (int)f->N;
-    d->d_vocab = (int)f->V;
-    d->act_fn = (int)f->act_fn;
-    d->bos = m->has_tokenizer && m->tokenizer.eot != NO_TOKEN ? (int)m->tokenizer.eot : -1;
-    d->eps = f->eps;
-    for (i = 0; i < f->n_tensors; i++)
-        d->parameters += (double)f->tensors[i].rows * f->tensors[i].cols;
-    d->file_bytes = (double)f->map.size;
-    d->folded = (f->processing & DID_FOLD) != 0;
-    d->dtype = f->tensors[0].type == TYPE_F16;
-    d->kernels = m->options.plain ? "plain" : m->kernels->name;
-    d->threads = m->threads;
-    m->max_k = f->M > f->C ? f->M : f->C;
-}
-
-/* Read everything but the weights of a model whose map is open. */
-static patch_status model_begin(Model *m, const char *where, patch_error *e) {
-    const unsigned char *front = NULL;
-    patch_status s = read_front(&m->file, &front, where, &m->allocator, e);
-
-    if (s == PATCH_OK && m->file.tokenizer_bytes > 0) {
-        s = tokenizer_read(&m->tokenizer, front + m->file.tokenizer_at, m->file.tokenizer_bytes,
-                           (uint32_t)m->file.V, where, &m->allocator, e);
-        m->has_tokenizer = s == PATCH_OK;
+    for (i = 0; i < sizeof on / sizeof on[0]; i++) { /* bit i of `processing` */
+        if (folded) /* it has had its steps, whatever the options ask for */
+            *on[i] = (f->processing >> i & 1) != 0;
+        m->steps |= *on[i] ? 1u << i : 0u;
     }
-    if (s != PATCH_OK)
-        return s;
-    settle_steps(m);
+    m->has_tokenizer = f->tokenizer_bytes > 0;
     m->kernels = choose_kernels();
-    m->tile = m->options.plain ? m->kernels->plain : m->kernels->tile;
-    m->threads = m->options.threads > 0 ? m->options.threads : max_threads();
-    if (m->threads > thread_ceiling())
-        m->threads = thread_ceiling();
-    settle_dims(m);
-    if ((m->steps & DID_REFACTOR) && !(m->file.processing & DID_FOLD))
-        s = factor_model(m, e);
-    return s;
-}
-
-/* A model with its options and allocator, all else zero. */
-static Model *model_new(const patch_options *options) {
-    const patch_allocator standard = {default_alloc, default_free, NULL};
-    const patch_options o = options ? *options : patch_options_default();
-    const patch_allocator a = o.allocator.alloc ? o.allocator : standard;
-    Model *m = take_zeroed(&a, 1, sizeof *m);
-
-    if (m != NULL) {
-        m->options = o;
-        m->allocator = a;
-    }
-    return m;
+    m->tile = o->plain ? m->kernels->plain : m->kernels->tile;
+    m->threads = o->threads > 0 ? o->threads : max_threads(); /* 0: as many as there are */
+    m->threads = m->threads < most ? m->threads : most;
+    m->max_k = f->M > f->C ? f->M : f->C;
+    m->dims = (patch_dims){
+        .n_layers = (int)f->L, .n_heads = (int)f->H, .d_model = (int)f->C, .d_head = (int)f->D,
+        .d_mlp = (int)f->M, .n_ctx = (int)f->N, .d_vocab = (int)f->V, .act_fn = (int)f->act_fn,
+        .bos = m->has_tokenizer && m->tokenizer.eot != NO_TOKEN ? (int)m->tokenizer.eot : -1,
+        .eps = f->eps, .file_bytes = (double)f->map.size, .folded = folded, .threads = m->threads,
+        .dtype = f->tensors[0].type == TYPE_F16, .kernels = o->plain ? "plain" : m->kernels->name};
+    for (i = 0; i < f->n_tensors; i++)
+        m->dims.parameters += (double)f->tensors[i].rows * f->tensors[i].cols;
+    return (m->steps & DID_REFACTOR) && !folded ? factor_model(m, e) : PATCH_OK;
 }
 
 void patch_model_free(patch_model *m) {
-    patch_allocator a;
-
     if (m == NULL)
         return;
-    a = m->allocator;
-    if (m->has_tokenizer)
-        tokenizer_free(&m->tokenizer, &a);
-    give(&a, m->factored);
-    model_file_free(&m->file, &a);
-    give(&a, m);
+    tokenizer_free(&m->tokenizer, &m->allocator); /* all three may be half built, or zero */
+    give(&m->allocator, m->factored);
+    model_file_free(&m->file, &m->allocator);
+    give(&m->allocator, m); /* which has read the allocator before it goes */
+}
+
+/* The model in the file at `path` or, where that is NULL, in n bytes of memory. */
+static patch_status model_load(const char *path, const void *bytes, size_t n,
+                               const patch_options *options, patch_model **model, patch_error *e) {
+    const patch_options o = options ? *options : patch_options_default();
+    const patch_allocator standard = {default_alloc, default_free, NULL};
+    const patch_allocator a = o.allocator.alloc ? o.allocator : standard;
+    const char *where = path ? path : "memory";
+    const unsigned char *front = NULL; /* head, table and tokenizer */
+    Model *m = take_zeroed(&a, 1, sizeof *m);
+    patch_status s;
+
+    *model = NULL;
+    if (m == NULL)
+        return no_memory(e, where, sizeof *m);
+    m->options = o;
+    m->allocator = a;
+    m->file.map = (Map){bytes, n, 0}; /* map_open puts its own in the place of this */
+    if (path != NULL && (m->file.path = take(&a, strlen(path) + 1, 1)) == NULL)
+        s = no_memory(e, path, sizeof *m);
+    else if (path != NULL && !map_open(strcpy(m->file.path, path), &m->file.map))
+        s = fail(e, PATCH_E_IO, path,
+                 "cannot open the model (%s); check -m or make one with convert_weights.py",
+                 errno == EINVAL ? "not an ordinary file, or empty" : strerror(errno));
+    else
+        s = read_front(&m->file, &front, where, &a, e);
+    if (s == PATCH_OK && m->file.tokenizer_bytes > 0) /* it is used where it lies */
+        s = tokenizer_read(&m->tokenizer, front + m->file.tokenizer_at, m->file.tokenizer_bytes,
+                           m->file.V, where, &a, e);
+    if (s == PATCH_OK)
+        s = settle_model(m, e);
+    if (s == PATCH_OK)
+        *model = m;
+    else
+        patch_model_free(m);
+    return s;
 }
 
 patch_status patch_model_open(const char *path, const patch_options *options, patch_model **model,
                               patch_error *e) {
-    Model *m = model_new(options);
-    patch_status s;
-
-    *model = NULL;
-    if (m == NULL || (m->file.path = take(&m->allocator, strlen(path) + 1, 1)) == NULL) {
-        patch_model_free(m);
-        return no_memory(e, path, sizeof *m);
-    }
-    memcpy(m->file.path, path, strlen(path) + 1);
-    if (!map_open(path, &m->file.map)) {
-        s = fail(e, PATCH_E_IO, path, "cannot open the model (%s); check -m or make one with "
-                 "convert_weights.py", errno == EINVAL ? "not an ordinary file, or empty" : strerror(errno));
-    } else
-        s = model_begin(m, path, e);
-    if (s != PATCH_OK)
-        patch_model_free(m);
-    else
-        *model = m;
-    return s;
+    return model_load(path, NULL, 0, options, model, e);
 }
 
 patch_status patch_model_from_memory(const void *bytes, size_t n, const patch_options *options,
                                      patch_model **model, patch_error *e) {
-    Model *m;
-    patch_status s;
-
     *model = NULL;
-    if ((uintptr_t)bytes % sizeof(float) != 0)
-        return fail(e, PATCH_E_USAGE, "memory", "the model is not aligned to 4 bytes; align it to 64");
-    if ((m = model_new(options)) == NULL)
-        return no_memory(e, "memory", sizeof *m);
-    m->file.map.bytes = bytes;
-    m->file.map.size = n;
-    s = model_begin(m, "memory", e);
-    if (s != PATCH_OK)
-        patch_model_free(m);
-    else
-        *model = m;
-    return s;
+    if ((uintptr_t)bytes % sizeof(float) != 0) /* a folded model's panels are read as floats */
+        return fail(e, PATCH_E_USAGE, "memory",
+                    "the model is not aligned to 4 bytes; align it to 64");
+    return model_load(NULL, bytes, n, options, model, e);
 }
 
 const patch_dims *patch_model_dims(const patch_model *m) {
     return &m->dims;
 }
-
 const patch_options *patch_model_options(const patch_model *m) {
     return &m->options;
 }
 
+/* Hold every tensor's bytes against the CRC-32 in the table. */
 patch_status patch_model_verify(const patch_model *m, patch_error *e) {
     const ModelFile *f = &m->file;
-    size_t i;
+    size_t i, at;
 
     for (i = 0; i < f->n_tensors; i++) {
         const Tensor *t = &f->tensors[i];
-        const size_t row = t->bytes / t->rows;
-        uint32_t crc = 0;
-        size_t at, n;
+        const size_t row = t->bytes / t->rows, some = (1 << 20) / row + 1; /* about a megabyte */
+        uint32_t crc = 0; /* of the rows before `at` */
 
-        for (at = 0; at < t->rows; at += n) { /* about a megabyte at a time */
-            const unsigned char *p;
-
-            n = (1 << 20) / row + 1;
-            n = t->rows - at < n ? t->rows - at : n;
-            if ((p = weights(f, t, at, n, &m->allocator)) == NULL)
+        for (at = 0; at < t->rows; at += some) {
+            const size_t n = t->rows - at < some ? t->rows - at : some;
+            const unsigned char *p = weights(f, t, at, n, &m->allocator);
+            if (p == NULL)
                 return unreadable(m, e);
             crc = crc32_of(crc, p, n * row);
             weights_done(f, t, n, p, &m->allocator);
@@ -3134,7 +2675,7 @@ static void each_row(Pass *x, int layer, const StageRule *rule) {
     const Stage *s = stage_at(x->p, layer, rule->stage);
     const Stage *a = stage_at(x->p, layer, rule->a), *b = stage_at(x->p, layer, rule->b);
 
-    OMP(parallel for num_threads(team(x->m, (double)s->n * 8 * (double)C)) schedule(static))
+    PARALLEL(team(x->m, (double)s->n * 8 * (double)C), schedule(static))
     for (int i = 0; i < s->n; i++) {
         const Node *node = &s->nodes[i];
 
@@ -3239,8 +2780,7 @@ static void attend(Pass *x, int layer) {
     const size_t D = x->m->file.D;
     const double started = now();
 
-    OMP(parallel for num_threads(team(x->m, (double)z->slots * x->p->T * (double)x->m->file.C))
-        schedule(dynamic, 4))
+    PARALLEL(team(x->m, (double)z->slots * x->p->T * (double)x->m->file.C), schedule(dynamic, 4))
     for (int i = 0; i < z->n; i++) {
         const Node *node = &z->nodes[i];
         Attention *a = &x->attention[thread_number()];
@@ -3335,7 +2875,7 @@ static patch_status compute_stage(Pass *x, int layer, const StageRule *rule, pat
     case ATTEND: attend(x, layer); return PATCH_OK;
     case SPELL_OUT: return spell_out_results(x, layer, e);
     case ACTIVATE:
-        OMP(parallel for num_threads(team(x->m, 8.0 * inner * (double)M)) schedule(static))
+        PARALLEL(team(x->m, 8.0 * inner * (double)M), schedule(static))
         for (int i = 0; i < inner; i++)
             x->m->kernels->activate(x->m->file.act_fn, x->buffer[PATCH_MLP_PRE] + (size_t)i * M, M);
         return PATCH_OK;
@@ -3796,7 +3336,7 @@ static int sum_vocabulary(const Work *w, double *sum) {
         n = f->V - first < VOCAB_CHUNK ? f->V - first : VOCAB_CHUNK;
         if ((p = weights(f, t, first, n, w->pool->a)) == NULL)
             return 0;
-        OMP(parallel for num_threads(team(w->m, (double)n * (double)f->C)) schedule(static))
+        PARALLEL(team(w->m, (double)n * (double)f->C), schedule(static))
         for (long block = 0; block < blocks; block++) {
             const size_t k = (size_t)block * 64, some = f->C - k < 64 ? f->C - k : 64;
             float part[64];
@@ -4480,11 +4020,237 @@ patch_status patch_sweep_cells(const patch_model *m, const char *sweep, int n_to
     return PATCH_OK;
 }
 
-#ifndef PATCH_CORE
-/* ==== 11. Further analyses =======================================================================
-   What stands on the core: each analysis is a family of runs (chapter 10) or a few reads. */
+/* ==== 11. Further analyses ==================================================================== */
+#ifndef PATCH_CORE /* what stands on the core */
 
-/* ---- 11.1 Causal tracing: Meng et al. 2022, arXiv:2202.05262 ---- */
+/* ---- 11.1 refactor_factored_attn_matrices: step 5 of the weight processing ----------------------
+   Scores depend on W_Q and W_K, and what a head writes on W_V and W_O, through a product A . B^T
+   alone, where A and B are [rows,d]; A M and B M^-T, for any invertible M, are other factors of it.
+   The singular value decomposition A . B^T = U S V^T (orthonormal columns in U and V; S diagonal,
+   not negative, descending) picks a pair that does not depend on how the head was stored, but for
+   signs: U sqrt(S) and V sqrt(S), or U S and V. The product, all that the model sees, is unchanged.
+
+   The product is [rows,rows] but of rank d at most, so it is never formed:
+      A = Q_a R_a,  B = Q_b R_b      thin QR by Householder reflections: Q orthonormal, R [d,d]
+      G = R_a R_b^T                  so that A . B^T = Q_a G Q_b^T, with the same singular values
+      G J = [u_1 s_1, u_2 s_2, ...]  J: plane rotations until the columns are orthogonal (Jacobi)
+      U S = Q_a (G J),  V = Q_b J
+   See Golub & Van Loan, Matrix Computations, on Householder QR and on Jacobi's SVD. Reflections,
+   since Gram-Schmidt loses orthogonality where columns are nearly dependent. One-sided Jacobi
+   (Hestenes 1958), since it is short and makes even the vectors of tiny singular values orthogonal.
+   Nothing is scaled against overflow: elements were floats, whose fourth powers a double holds. */
+
+/* Four sums side by side; a single one would wait for each addition before it starts the next. */
+static double dot(const double *x, const double *y, size_t n) {
+    double s[4] = {0};
+    size_t i, j;
+    for (i = 0; i + 4 <= n; i += 4)
+        for (j = 0; j < 4; j++)
+            s[j] += x[i + j] * y[i + j];
+    for (; i < n; i++)
+        s[0] += x[i] * y[i];
+    return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+/* y [n] += c x [n] */
+static void add_scaled(double *restrict y, double c, const double *restrict x, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        y[i] += c * x[i];
+}
+
+/* Apply the reflection I - tau v v^T to what is right of column j in a [rows,d]. v is 0 above row
+   j, 1 in row j, and below it lies in a itself, in column j. w: scratch [d], for v^T a. */
+static void reflect(double *a, size_t rows, size_t d, size_t j, double tau, double *w) {
+    const size_t n = d - j - 1;
+    double *top = a + j * d + j + 1; /* of the part that changes; one to the left of it is v */
+    size_t i;
+
+    memcpy(w, top, n * sizeof *w);
+    for (i = 1; i < rows - j; i++)
+        add_scaled(w, top[i * d - 1], top + i * d, n);
+    add_scaled(top, -tau, w, n);
+    for (i = 1; i < rows - j; i++)
+        add_scaled(top + i * d, -tau * top[i * d - 1], w, n);
+}
+
+/* a [rows,d] = Q R in place: R on and above the diagonal, below it the v of the reflections whose
+   product is Q, and tau [d]. Reflection j turns column j, from row j down, into (r, 0, ..., 0). The
+   sign of r is opposite to the head's, so that nothing cancels in head - r. */
+static void qr(double *a, size_t rows, size_t d, double *tau, double *w) {
+    size_t i, j;
+    for (j = 0; j < d; j++) {
+        const double head = a[j * d + j];
+        double tail = 0, r;
+
+        for (i = j + 1; i < rows; i++)
+            tail += a[i * d + j] * a[i * d + j];
+        tau[j] = 0;
+        if (tail < DBL_MIN / DBL_EPSILON) /* the last row, or zeros, or (in equal columns) */
+            continue;                     /* rounding errors of rounding errors, below any float */
+        r = head > 0 ? -sqrt(head * head + tail) : sqrt(head * head + tail);
+        tau[j] = (r - head) / r;
+        for (i = j + 1; i < rows; i++)
+            a[i * d + j] /= head - r;
+        a[j * d + j] = r;
+        reflect(a, rows, d, j, tau[j], w);
+    }
+}
+
+/* Turn what qr left into Q [rows,d]: column j is reflections j, ..., 0 of unit vector j. From the
+   last on, each makes its own column in the place of its v and changes those to the right. */
+static void form_q(double *a, size_t rows, size_t d, const double *tau, double *w) {
+    size_t i, j;
+    for (j = d; j-- > 0;) {
+        reflect(a, rows, d, j, tau[j], w);
+        for (i = 0; i < j; i++)
+            a[i * d + j] = 0;
+        a[j * d + j] = 1 - tau[j];
+        for (i = j + 1; i < rows; i++)
+            a[i * d + j] *= -tau[j];
+    }
+}
+
+/* One step of Jacobi's method: x and y are two columns of G [d,d], each followed by its column of
+   J. Put the longer one first, then rotate so that x . y = 0 in G. Returns 0 if nothing was to be
+   done. A squared length up to `noise` is rounding error, without a direction, and left alone. */
+static int settle(double *restrict x, double *restrict y, size_t d, double noise) {
+    const double tolerance = DBL_EPSILON * sqrt((double)d); /* a dot product's own error */
+    double xx = dot(x, x, d), yy = dot(y, y, d), xy = dot(x, y, d), half, t, c, s, h;
+    const int exchange = xx < yy;
+    size_t i;
+
+    if (exchange) {
+        for (i = 0; i < 2 * d; i++)
+            t = x[i], x[i] = y[i], y[i] = t;
+        t = xx, xx = yy, yy = t;
+    }
+    if (yy <= noise || !(fabs(xy) > tolerance * sqrt(xx) * sqrt(yy)))
+        return exchange;
+    half = (xx - yy) / 2;              /* tan(2 angle) = xy / half */
+    t = xy / (half + hypot(half, xy)); /* tan(angle), at most 1 */
+    c = 1 / sqrt(1 + t * t);
+    s = c * t;
+    h = s / (1 + c);
+    for (i = 0; i < 2 * d; i++) { /* x, y = c x + s y, c y - s x, but with c = 1 - s h: so, over */
+        const double xi = x[i], yi = y[i]; /* all the rotations lengths drift by 2e-15, */
+        x[i] = xi + s * (yi - h * xi);     /* with c itself by 1e-14 */
+        y[i] = yi - s * (xi + h * yi);
+    }
+    return 1;
+}
+
+/* a [rows,d] = a . M [d,d]. m: the columns of M, 2 d apart. row: scratch [d]. */
+static void times(double *a, size_t rows, size_t d, const double *m, double *row) {
+    size_t i, j;
+    for (i = 0; i < rows; i++) {
+        memcpy(row, a + i * d, d * sizeof *row);
+        for (j = 0; j < d; j++)
+            a[i * d + j] = dot(row, m + j * 2 * d, d);
+    }
+}
+
+/* Replace the factors of A . B^T = U S V^T, [rows,d] each with rows >= d, by U sqrt(S), V sqrt(S)
+   (balance: W_Q and W_K are equals) or by U S, V (W_V and W_O: z gets the length of what the head
+   writes). Columns of singular values 0 become zero, except V's, which stay orthonormal. ab: A, B,
+   then scratch of 3 d + 2 d d. In gj [d,2 d] row j is column j of G, then column j of J. */
+static void factor_product(double *ab, size_t rows, size_t d, int balance) {
+    double *a = ab, *b = a + rows * d, *tau_a = b + rows * d, *tau_b = tau_a + d, *row = tau_b + d;
+    double *gj = row + d, *column, noise = 0;
+    int sweep, again = 1;
+    size_t i, p, q;
+
+    qr(a, rows, d, tau_a, row);
+    qr(b, rows, d, tau_b, row);
+    for (p = 0, column = gj; p < d; p++, column += 2 * d) {
+        for (i = 0; i < d; i++) {
+            q = i > p ? i : p; /* R is zero to the left of its diagonal */
+            column[i] = dot(a + i * d + q, b + p * d + q, d - q);
+            column[d + i] = i == p; /* J is as yet the identity */
+        }
+        noise += DBL_EPSILON * DBL_EPSILON * dot(column, column, d);
+    }
+    for (sweep = 0; again && sweep < 60; sweep++) /* 9 or 10 for d = 64, 16 seen */
+        for (again = 0, p = 0; p < d; p++)
+            for (q = p + 1; q < d; q++)
+                again |= settle(gj + p * 2 * d, gj + q * 2 * d, d, noise);
+    for (p = 0, column = gj; p < d; p++, column += 2 * d) {
+        const double ss = dot(column, column, d), s = ss <= noise ? 0 : sqrt(ss);
+        const double left = s == 0 ? 0 : balance ? 1 / sqrt(s) : 1, right = balance ? sqrt(s) : 1;
+        for (i = 0; i < 2 * d; i++)
+            column[i] *= i < d ? left : right;
+    }
+    form_q(a, rows, d, tau_a, row);
+    form_q(b, rows, d, tau_b, row);
+    times(a, rows, d, gj, row);
+    times(b, rows, d, gj + d, row);
+}
+
+/* Element (i, j) of W_Q, W_K, W_V or W_O^T in w, a layer of Model's `factored`; row C: the bias. */
+static float *factor_at(float *w, size_t C, size_t which, size_t i, size_t j) {
+    return i == C ? w + (4 * C + which) * C + j
+                  : w + which * C * C + (which == LINEAR_O ? j * C + i : i * C + j);
+}
+
+/* Step 5 for the D columns from `at` on, a head, of one layer. Scores are, with the biases as row
+   C, [x,1] [W_Q;b_Q] [W_K;b_K]^T [y,1]. ab: A, B and the scratch of factor_product. */
+static void factor_head(float *w, size_t C, size_t D, size_t at, double *ab) {
+    size_t pair, rows, i, j;
+    for (pair = LINEAR_Q; pair <= LINEAR_V; pair += 2) { /* and W_K, and W_O */
+        rows = pair == LINEAR_Q ? C + 1 : C;
+        for (i = 0; i < 2 * rows; i++) /* of A, then of B */
+            for (j = 0; j < D; j++)
+                ab[i * D + j] = (double)*factor_at(w, C, pair + i / rows, i % rows, at + j);
+        factor_product(ab, rows, D, pair == LINEAR_Q);
+        for (i = 0; i < 2 * rows; i++)
+            for (j = 0; j < D; j++)
+                *factor_at(w, C, pair + i / rows, i % rows, at + j) = (float)ab[i * D + j];
+    }
+}
+
+/* Step 5, once, when a model is opened: 2 decompositions a head, of the processed matrices. b_V is
+   folded into b_O whether or not step 4 is on, as in TransformerLens. */
+static patch_status factor_model(Model *m, patch_error *e) {
+    const size_t C = m->file.C, D = m->file.D, per_layer = 4 * C * C + 4 * C;
+    const size_t n_ab = 2 * (C + 1) * D + 3 * D + 2 * D * D;
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    float *panels = pool_take(&pool, (C + PANEL - 1) / PANEL * PANEL * C, sizeof *panels);
+    double *value_bias = pool_take(&pool, C, sizeof *value_bias); /* [C] */
+    double *ab = pool_take(&pool, n_ab * (size_t)m->threads, sizeof *ab);
+    float *out = take(&m->allocator, m->file.L * per_layer, sizeof *out), *w = out;
+    patch_status s;
+    Work work;
+    size_t which, i, j;
+
+    s = panels && value_bias && ab && out
+            ? work_begin(&work, m, &pool, NULL, e)
+            : no_memory(e, "refactored attention", m->file.L * per_layer * sizeof(float));
+    for (; s == PATCH_OK && w < out + m->file.L * per_layer; w += per_layer) {
+        for (which = LINEAR_Q; which <= LINEAR_O && s == PATCH_OK; which++) {
+            Linear l = layer_linear(m, (size_t)(w - out) / per_layer, (int)which);
+            l.shift = which == LINEAR_O ? value_bias : NULL;
+            s = linear(&work, &l, NULL, panels, e);
+            for (i = 0; i < C; i++)
+                for (j = 0; j < C; j++)
+                    w[(which * C + i) * C + j] = panels[(j / PANEL * C + i) * PANEL + j % PANEL];
+            for (j = 0; j < C; j++)
+                w[(4 * C + which) * C + j] = which == LINEAR_V ? 0.0f : (float)work.bias[j];
+            if (which == LINEAR_V)
+                memcpy(value_bias, work.bias, C * sizeof *value_bias);
+        }
+        PARALLEL(m->threads, schedule(dynamic))
+        for (long h = 0; h < (s == PATCH_OK ? (long)m->file.H : 0); h++)
+            factor_head(w, C, D, (size_t)h * D, ab + n_ab * (size_t)thread_number());
+    }
+    if (s == PATCH_OK)
+        m->factored = out;
+    else
+        give(&m->allocator, out);
+    return pool_end(&pool, s);
+}
+
+
+/* ---- 11.2 Causal tracing: Meng et al. 2022, arXiv:2202.05262 ---- */
 
 /* numpy's RandomState: MT19937 (Matsumoto and Nishimura 1998) and its Gaussian numbers. Equal bit for
    bit, so nothing here may be fused or reordered: Gaussians come from the polar method in double. */
@@ -4741,7 +4507,7 @@ patch_status patch_trace(const patch_model *m, const patch_fact *fact,
     return pool_end(&pool, s);
 }
 
-/* ---- 11.2 Ablation ---- */
+/* ---- 11.3 Ablation ---- */
 
 typedef struct Ablation {
     const Model *m;
@@ -4902,7 +4668,7 @@ patch_status patch_ablate(const patch_model *m, const patch_example *x, size_t n
     return pool_end(&pool, s);
 }
 
-/* ---- 11.3 Path patching: ARENA's three steps, Goldowsky-Dill et al. 2023, arXiv:2304.05969 ---- */
+/* ---- 11.4 Path patching: ARENA's three steps, Goldowsky-Dill et al. 2023, arXiv:2304.05969 ---- */
 
 typedef struct Paths {
     const Model *m;
@@ -4976,7 +4742,7 @@ patch_status patch_paths(const patch_model *m, const patch_example *x, size_t n,
     return run_family(m, &f, 0, n * senders, values, unpatched, NULL, NULL, stats, e);
 }
 
-/* ---- 11.4 Direct logit attribution and the logit lens (nostalgebraist 2020) ---- */
+/* ---- 11.5 Direct logit attribution and the logit lens (nostalgebraist 2020) ---- */
 
 /* (row - mean) / scale . direction: what a part of the residual stream adds to the logit difference. */
 static double attribution(const float *row, size_t C, double scale, const double *direction) {
@@ -5104,7 +4870,7 @@ patch_status patch_logit_lens(const patch_model *m, const patch_example *x, size
     return s;
 }
 
-/* ---- 11.5 Kinds of heads: TransformerLens's detect_head ---- */
+/* ---- 11.6 Kinds of heads: TransformerLens's detect_head ---- */
 
 /* Does destination d attending to source s count for a kind? 0 the previous token, 1 an earlier equal
    token, 2 the token behind an earlier equal one (induction). */

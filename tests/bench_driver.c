@@ -120,7 +120,7 @@ int main(int argc, char **argv) {
         double sum = 0;
         const int threads = atoi(argv[3]);
 
-        OMP(parallel for num_threads(threads) reduction(+ : sum))
+        PARALLEL(threads, reduction(+ : sum))
         for (int i = 0; i < threads; i++)
             sum += peak(atof(argv[2]));
         printf("%.1f\n", sum);
