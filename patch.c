@@ -9586,12 +9586,12 @@ static patch_status part_head(App *app, const Skeleton *k, const Prompts *p, con
     sha256_begin(&h);
     sha256_add(&h, f->front, f->tokenizer_at + f->tokenizer_bytes); /* holds every tensor's checksum */
     sha256_end(&h, model);
-    text_add(text, "actpatch part 1\nhead: 0000000000\nshard: %s\nmodel: %s\nprompts: %s\nsettings: %s\nkernels: %s\n"
-             "sweeps: %s\nmetric: %s\nnoising: %d\nnormalize: %d\nper-prompt: %d\nexamples: %lu\n"
-             "cells: %lu\ntables: %lu\n\n", shard, model, prompts, k->tables[0].json_settings,
-             patch_model_dims(app->model)->kernels, app->sweeps, METRICS[app->metric], k->noising,
-             k->normalize, k->per_prompt, (unsigned long)k->n, (unsigned long)k->n_cells,
-             (unsigned long)k->n_tables);
+    text_add(text, "actpatch part 1\nhead: 0000000000\nshard: %s\nsweeps: %s\nmetric: %s\nnoising: %d\n"
+             "normalize: %d\nper-prompt: %d\nsettings: %s\nkernels: %s\nmodel: %s\nprompts: %s\n"
+             "examples: %lu\ncells: %lu\ntables: %lu\n\n", shard, app->sweeps, METRICS[app->metric],
+             k->noising, k->normalize, k->per_prompt, k->tables[0].json_settings,
+             patch_model_dims(app->model)->kernels, model, prompts, (unsigned long)k->n,
+             (unsigned long)k->n_cells, (unsigned long)k->n_tables);
     for (i = 0; i < k->n_tables; i++)
         put_table(text, &k->tables[i], k->slots[i]);
     snprintf(length, sizeof length, "%010lu", (unsigned long)text->length);
