@@ -3,12 +3,13 @@
 
    ==== 0. Contract ================================================================================
    A checkpoint (made flat by convert_weights.py) goes in; out come tokens, every activation by its
-   TransformerLens hook name, metrics, and the sweeps of transformer_lens.patching. Every number is held
-   against TransformerLens in float64 by the tests, and errs no more than twice what TransformerLens
-   itself errs in float32. patch.h is the library's interface; chapter 13 the command line.
+   TransformerLens hook name, metrics, and the sweeps of transformer_lens.patching. Every number is
+   held against TransformerLens in float64 by the tests, and errs no more than twice what
+   TransformerLens itself errs in float32. patch.h is the library's interface; chapter 13 the
+   command line.
 
-   It does not: train, sample, run other architectures than GPT-2, use a GPU, batch prompts of different
-   lengths in one sweep, or keep anything between two calls.
+   It does not: train, sample, run other architectures than GPT-2, use a GPU, batch prompts of
+   different lengths in one sweep, or keep anything between two calls.
 
    Contents. Search for "==== N." to get there; each chapter uses only what stands before it.
      1 platform            5 kernels              9 metrics
@@ -51,16 +52,18 @@
                      ln_final.hook_scale, ln_final.hook_normalized --W_U--> logits   [V]
 
    Numbers. Activations are float. Every sum has one order, whatever the threads, groups or machines
-   it is split over: within one build and tier (chapter 5) the same question gives the same bits. Means,
-   variances, folding and metrics are taken in double. -ffast-math breaks all of this.
+   it is split over: within one build and tier (chapter 5) the same question gives the same bits.
+   Means, variances, folding and metrics are taken in double. -ffast-math breaks all of this.
 
-   What has bitten: Conv1D weights are [in,out]. gelu_new is the tanh form. Epsilon is inside the root.
-   A LayerNorm's bias meets the unscaled weight. The pre-tokenizer's \s+(?!\S). BOS is <|endoftext|>.
-   Merge rank is not longest match. hook_normalized is behind the weight and bias where ln is not folded.
+   What has bitten: Conv1D weights are [in,out]. gelu_new is the tanh form. Epsilon is inside the
+   root. A LayerNorm's bias meets the unscaled weight. The pre-tokenizer's \s+(?!\S). BOS is
+   <|endoftext|>. Merge rank is not longest match. hook_normalized is behind the weight and bias
+   where ln is not folded.
 
-   Sources. GPT-2: Radford et al. 2019. Hook names, processing, sweeps: TransformerLens 2.18. Patching:
-   Vig et al. 2020 (arXiv:2004.12265), Wang et al. 2022 (IOI, arXiv:2211.00593), Heimersheim and Nanda
-   2024 (arXiv:2404.15255). Causal tracing: Meng et al. 2022 (arXiv:2202.05262). */
+   Sources. GPT-2: Radford et al. 2019. Hook names, processing, sweeps: TransformerLens 2.18.
+   Patching: Vig et al. 2020 (arXiv:2004.12265), Wang et al. 2022 (IOI, arXiv:2211.00593),
+   Heimersheim and Nanda 2024 (arXiv:2404.15255). Causal tracing: Meng et al. 2022
+   (arXiv:2202.05262). */
 
 
 /* ==== 1. Platform ================================================================================
@@ -94,7 +97,8 @@
 #include <unistd.h>
 #endif
 
-/* PARALLEL(threads, schedule(...)) in front of a loop: OpenMP's pragma where the compiler has it. */
+/* PARALLEL(threads, schedule(...)) in front of a loop: OpenMP's pragma where the compiler has it.
+   */
 #ifdef _OPENMP
 #include <omp.h>
 #define OMP_TEXT(...) _Pragma(#__VA_ARGS__)
@@ -220,8 +224,8 @@ static void map_release(const Map *map, const void *bytes, size_t n) {
 #endif
 }
 
-/* Copy n bytes from byte `offset` of a file that is not mapped; 0 where that many are not there. The
-   file is opened anew each time, so that threads need not share a position. */
+/* Copy n bytes from byte `offset` of a file that is not mapped; 0 where that many are not there.
+   The file is opened anew each time, so that threads need not share a position. */
 static int map_read(const char *path, size_t offset, size_t n, void *out) {
     FILE *file = offset <= (size_t)LONG_MAX ? fopen(path, "rb") : NULL;
     int ok;
@@ -281,8 +285,8 @@ static void default_free(void *memory, void *ctx) {
     free(memory);
 }
 
-/* n elements of `size` bytes, not zeroed, never NULL for 0 bytes; NULL where the product overflows or
-   the allocator gives nothing. give() accepts NULL. */
+/* n elements of `size` bytes, not zeroed, never NULL for 0 bytes; NULL where the product overflows
+   or the allocator gives nothing. give() accepts NULL. */
 static void *take(const patch_allocator *a, size_t n, size_t size) {
     size_t bytes;
 
@@ -304,8 +308,8 @@ static void give(const patch_allocator *a, void *p) {
         a->free(p, a->ctx);
 }
 
-/* The memory of one call: everything taken from a pool is freed at once, so that no function needs a
-   path for cleaning up. `limit` bounds what it holds; beyond, it gives nothing. */
+/* The memory of one call: everything taken from a pool is freed at once, so that no function needs
+   a path for cleaning up. `limit` bounds what it holds; beyond, it gives nothing. */
 typedef union Block {
     struct {
         union Block *next, *last;
@@ -1814,10 +1818,11 @@ const char *patch_token(const patch_model *model, int id, size_t *length) {
 }
 
 /* ==== 7. Hook points =============================================================================
-   Every activation of GPT-2 is a named vector of a row, a row being one position of one run. The stages
-   below are the hook points in the order of the forward pass, and behind K and V the two prefixes that
-   attention reads. The table says what a stage's rows are made of, which is all that the engine needs
-   to know in order to share them; where they stand in memory; and how they are computed. */
+   Every activation of GPT-2 is a named vector of a row, a row being one position of one run. The
+   stages below are the hook points in the order of the forward pass, and behind K and V the two
+   prefixes that attention reads. The table says what a stage's rows are made of, which is all that
+   the engine needs to know in order to share them; where they stand in memory; and how they are
+   computed. */
 
 enum { K_PREFIX = PATCH_N_HOOKS, V_PREFIX, STAGES };
 
@@ -1890,7 +1895,8 @@ static Where hook_where(int hook) {
     return hook <= PATCH_POS_EMBED ? FIRST : hook >= PATCH_LN_FINAL_SCALE ? LAST : EACH;
 }
 
-/* The layer under which the engine keeps a hook point; the caller's where it is inside the blocks. */
+/* The layer under which the engine keeps a hook point; the caller's where it is inside the blocks.
+   */
 static int hook_layer(const Model *m, int hook, int layer) {
     const Where where = hook_where(hook);
 
@@ -1919,47 +1925,48 @@ int patch_hook_name(patch_hook hook, int layer, char *name, size_t capacity) {
 }
 
 /* ==== 8. The engine ==============================================================================
-   Any number of runs goes through the model side by side, in two steps: a plan, made without computing
-   a single float, then one pass over the weights.
+   Any number of runs goes through the model side by side, in two steps: a plan, made without
+   computing a single float, then one pass over the weights.
 
-   THE PLAN. A run is a table: position -> row. At every stage (chapter 7) a row is known by what it is
-   made of, and rows made of the same are the same row: they are *interned*, as a compiler interns
-   strings. For LEAF, SAME and PAIR that is a token, one row or two. Attention makes z of position t out
-   of one row of q and *all* keys and values 0..t; these are walked through a trie, so that a prefix
-   too is a single number:
+   THE PLAN. A run is a table: position -> row. At every stage (chapter 7) a row is known by what it
+   is made of, and rows made of the same are the same row: they are *interned*, as a compiler
+   interns strings. For LEAF, SAME and PAIR that is a token, one row or two. Attention makes z of
+   position t out of one row of q and *all* keys and values 0..t; these are walked through a trie,
+   so that a prefix too is a single number:
 
        run 1   the cat sat       table 0 1 2      prefixes  p0 -- p1 -- p2
        run 2   the cat ran       table 0 1 3                       \___ p3
        run 3   the dog sat       table 0 4 5                \___ p4 --- p5
 
-   Run 2 has one new row in each layer, run 3 two (its "sat" saw "dog"): three rows in all are shared,
-   and nothing was compared but integers.
+   Run 2 has one new row in each layer, run 3 two (its "sat" saw "dog"): three rows in all are
+   shared, and nothing was compared but integers.
 
-   An edit changes a row into another: made of the row before, the edit's kind and the edit's content,
-   never of the run's number. Taking another run's whole vector over is cheaper still: table[p] is set to
-   that run's row. From there everything follows by itself. Patching a run with itself changes no
-   table. Patching resid_pre at every position of a layer makes the table the clean run's, so all later
-   rows are the clean run's: the patched run *is* the clean run from there on, and costs nothing. A cell
-   before the first token that differs changes no table either. A q edit makes one new row; a k or v
-   edit makes new prefixes, hence new rows at all later positions; where z is replaced whole, prefix and
-   q leave the row's making altogether.
+   An edit changes a row into another: made of the row before, the edit's kind and the edit's
+   content, never of the run's number. Taking another run's whole vector over is cheaper still:
+   table[p] is set to that run's row. From there everything follows by itself. Patching a run with
+   itself changes no table. Patching resid_pre at every position of a layer makes the table the
+   clean run's, so all later rows are the clean run's: the patched run *is* the clean run from there
+   on, and costs nothing. A cell before the first token that differs changes no table either. A q
+   edit makes one new row; a k or v edit makes new prefixes, hence new rows at all later positions;
+   where z is replaced whole, prefix and q leave the row's making altogether.
 
-   A run without edits so far is not even walked: it follows its *class*, the unedited run of the same
-   tokens, until an edit changes something; then it gets a track of its own, and is walked only from
-   the first position that changed.
+   A run without edits so far is not even walked: it follows its *class*, the unedited run of the
+   same tokens, until an edit changes something; then it gets a track of its own, and is walked only
+   from the first position that changed.
 
    What nothing reads, directly or through other rows, is then struck out, from the last layer
-   backwards: so only the final position goes through the last layer's queries and MLP, and nobody says
-   so anywhere.
+   backwards: so only the final position goes through the last layer's queries and MLP, and nobody
+   says so anywhere.
 
-   THE PASS. Layer by layer, stage by stage, the rows that are left are computed in bulk: a few hundred
-   rows through each matrix at once. A row's numbers depend on its making alone (chapter 5: one order of
-   summation), so each run's are those it would have had alone, bit for bit. With `share` off nothing
-   is interned and nothing struck out: the same code, slowly, as a reference. */
+   THE PASS. Layer by layer, stage by stage, the rows that are left are computed in bulk: a few
+   hundred rows through each matrix at once. A row's numbers depend on its making alone (chapter 5:
+   one order of summation), so each run's are those it would have had alone, bit for bit. With
+   `share` off nothing is interned and nothing struck out: the same code, slowly, as a reference. */
 
-/* A row, or a prefix. Made by its stage's rule: a and b are rows of the rule's stages (LEAF: a is the
-   token or position; PREFIX: a is the prefix one shorter, b the new row). Made by an edit (edit >= 0): a
-   is the row before, -1 where nothing of it is left; b the row copied from, or the position. */
+/* A row, or a prefix. Made by its stage's rule: a and b are rows of the rule's stages (LEAF: a is
+   the token or position; PREFIX: a is the prefix one shorter, b the new row). Made by an edit (edit
+   >= 0): a is the row before, -1 where nothing of it is left; b the row copied from, or the
+   position. */
 typedef struct Node {
     int a, b, edit;
     int slot; /* where it stands in its stage's buffer; DEAD: nobody needs it */
@@ -1974,7 +1981,8 @@ typedef struct Stage {
     int edited; /* an edit has changed a table here */
 } Stage;
 
-/* A run's way through the layers: tables of its own, or (classes) shared by all runs that follow it. */
+/* A run's way through the layers: tables of its own, or (classes) shared by all runs that follow
+   it. */
 typedef struct Track {
     const int *tokens;
     int n_tokens;
@@ -2036,7 +2044,8 @@ static int same_node(const Plan *p, const Node *x, const Node *y) {
         return x->b == y->b;
     e = edit_of(p, x->edit);
     f = edit_of(p, y->edit);
-    if (e->op != f->op || e->head != f->head || e->src != f->src)
+    if (e->op != f->op || e->head != f->head || e->src != f->src || /* [H,T] depends on T */
+        p->runs[p->edits[x->edit].run].n_tokens != p->runs[p->edits[y->edit].run].n_tokens)
         return 0;
     return e->op == PATCH_COPY    ? x->b == y->b
            : e->op == PATCH_SCALE ? memcmp(&e->factor, &f->factor, sizeof e->factor) == 0
@@ -2173,9 +2182,9 @@ static Stage *parent_stage(const Plan *p, int layer, const StageRule *rule, int 
                               : stage_at(p, layer, which ? rule->b : rule->a);
 }
 
-/* All rows that a stage's rule makes. Where it makes exactly one of each row of its parent, they get the
-   parent's numbers and no table changes hands. That is so for SAME, and for a LayerNorm as long as no
-   edit has come between the residual stream and its scale. */
+/* All rows that a stage's rule makes. Where it makes exactly one of each row of its parent, they
+   get the parent's numbers and no table changes hands. That is so for SAME, and for a LayerNorm as
+   long as no edit has come between the residual stream and its scale. */
 static int derive_stage(Plan *p, int layer, const StageRule *rule) {
     Stage *s = stage_at(p, layer, rule->stage);
     const Stage *parent = parent_stage(p, layer, rule, 0);
@@ -2212,8 +2221,8 @@ static int edited_row(Plan *p, Stage *s, int stage, int base, int event, int pos
     return intern(p, s, whole && e->op <= PATCH_SET ? -1 : base, source, event);
 }
 
-/* Apply one run's edits at one stage: events first..last-1. Only if a table entry changes does a run
-   that followed its class leave it. */
+/* Apply one run's edits at one stage: events first..last-1. Only if a table entry changes does a
+   run that followed its class leave it. */
 static int edit_run(Plan *p, int layer, int stage, int first, int last) {
     Stage *s = stage_at(p, layer, stage);
     const int run = p->edits[first].run;
@@ -2250,7 +2259,8 @@ static int edit_run(Plan *p, int layer, int stage, int first, int last) {
     return 1;
 }
 
-/* Apply all edits at one stage, run by run: a source is always an earlier run, so its table is done. */
+/* Apply all edits at one stage, run by run: a source is always an earlier run, so its table is
+   done. */
 static int edit_stage(Plan *p, int layer, int stage) {
     const int at = layer * STAGES + stage;
     int first;
@@ -2261,7 +2271,8 @@ static int edit_stage(Plan *p, int layer, int stage) {
         return 0;
     while (p->next_edit < p->n_edits && p->edits[p->next_edit].at == at) {
         for (first = p->next_edit; p->next_edit < p->n_edits; p->next_edit++)
-            if (p->edits[p->next_edit].at != at || p->edits[p->next_edit].run != p->edits[first].run)
+            if (p->edits[p->next_edit].at != at ||
+                p->edits[p->next_edit].run != p->edits[first].run)
                 break;
         if (!edit_run(p, layer, stage, first, p->next_edit))
             return 0;
@@ -2336,8 +2347,8 @@ static void mark_needed(Plan *p) {
         }
 }
 
-/* Forwards: number the needed rows of each stage. Derived ones come first, edited ones behind them; where
-   a stage is computed in its parent's place, its rows keep their slots. */
+/* Forwards: number the needed rows of each stage. Derived ones come first, edited ones behind them;
+   where a stage is computed in its parent's place, its rows keep their slots. */
 static void number_slots(Plan *p) {
     int layer, k, i;
 
@@ -2365,8 +2376,8 @@ static patch_status bad_run(patch_error *e, size_t run, const char *what, long g
     char where[64];
 
     snprintf(where, sizeof where, "run %lu", (unsigned long)run);
-    return fail(e, PATCH_E_INPUT, where, "%s %ld is not within %ld..%ld; correct the run", what, got,
-                least, most);
+    return fail(e, PATCH_E_INPUT, where, "%s %ld is not within %ld..%ld; correct the run", what,
+                got, least, most);
 }
 
 #define WITHIN(what, got, least, most)                                                             \
@@ -2591,8 +2602,8 @@ static float *row_of(const Pass *x, int stage, int slot) {
     return x->buffer[stage] + (size_t)slot * hook_width(x->m, stage, 0);
 }
 
-/* Slots of the rows of `parent` that a stage's derived, needed nodes are made of, in order; returns how
-   many. (Of attn_out, made of z, those are left out that an edited result makes.) */
+/* Slots of the rows of `parent` that a stage's derived, needed nodes are made of, in order; returns
+   how many. (Of attn_out, made of z, those are left out that an edited result makes.) */
 static size_t gather(Pass *x, const Stage *s, const Stage *parent) {
     size_t n = 0;
     int i;
@@ -2696,7 +2707,8 @@ static void each_row(Pass *x, int layer, const StageRule *rule) {
 }
 
 /* The rows of a prefix, position 0 first; returns how many. */
-static size_t prefix_rows(const Pass *x, int layer, int prefix_stage, int node, const float **rows) {
+static size_t prefix_rows(const Pass *x, int layer, int prefix_stage, int node,
+                          const float **rows) {
     const int of = prefix_stage == K_PREFIX ? PATCH_K : PATCH_V;
     const Stage *prefix = stage_at(x->p, layer, prefix_stage), *s = stage_at(x->p, layer, of);
     size_t n = 0, i;
@@ -2727,8 +2739,8 @@ static void softmax(const Kernels *k, float *out, size_t n) {
     }
 }
 
-/* One head's row of scores or pattern, out [n], of a node of that stage: computed when it is asked for,
-   edits included, so that neither ever needs a buffer. */
+/* One head's row of scores or pattern, out [n], of a node of that stage: computed when it is asked
+   for, edits included, so that neither ever needs a buffer. */
 static void attention_row(const Pass *x, int layer, int stage, int node, size_t head, size_t n,
                           float *out, Attention *scratch) {
     const Node *nd = &stage_at(x->p, layer, stage)->nodes[node];
@@ -2824,11 +2836,12 @@ static patch_status spell_out_results(Pass *x, int layer, patch_error *e) {
     return s;
 }
 
-/* attn_out of the rows whose heads' results were edited: their sum, and b_O, which the product before
-   has left in the scratch. */
+/* attn_out of the rows whose heads' results were edited: their sum, and b_O, which the product
+   before has left in the scratch. */
 static void sum_results(Pass *x, int layer) {
     const ModelFile *f = &x->m->file;
-    const Stage *s = stage_at(x->p, layer, PATCH_ATTN_OUT), *result = stage_at(x->p, layer, PATCH_RESULT);
+    const Stage *s = stage_at(x->p, layer, PATCH_ATTN_OUT),
+                *result = stage_at(x->p, layer, PATCH_RESULT);
     size_t h, j;
     int i;
 
@@ -2883,12 +2896,13 @@ static patch_status compute_stage(Pass *x, int layer, const StageRule *rule, pat
     }
 }
 
-/* Make the rows that edits make: a copy of the row before, changed in one slice. A row comes after the
-   ones it is made of, since those were planned first. */
+/* Make the rows that edits make: a copy of the row before, changed in one slice. A row comes after
+   the ones it is made of, since those were planned first. */
 static void apply_edits(Pass *x, int layer, int stage) {
     const Stage *s = stage_at(x->p, layer, stage);
     const size_t width = hook_width(x->m, stage, 0);
-    const size_t part = hook_facts[stage].shape == 'Z' ? x->m->file.D : x->m->file.C; /* of a head */
+    const size_t part =
+        hook_facts[stage].shape == 'Z' ? x->m->file.D : x->m->file.C; /* of a head */
     int i;
     size_t j;
 
@@ -2916,8 +2930,8 @@ static void apply_edits(Pass *x, int layer, int stage) {
     }
 }
 
-/* One read of scores or pattern: [H,T] of one destination, [H,T,T] of all. Sources after the destination
-   are masked: -inf and 0. */
+/* One read of scores or pattern: [H,T] of one destination, [H,T,T] of all. Sources after the
+   destination are masked: -inf and 0. */
 static void read_attention(Pass *x, int layer, const patch_read *r, const int *rows) {
     const size_t T = (size_t)x->p->runs[r->run].n_tokens, n_rows = r->pos < 0 ? T : 1;
     size_t h, i, j;
@@ -3031,8 +3045,8 @@ static void count_rows(const Plan *p, patch_stats *stats) {
     stats->passes += 1;
 }
 
-/* Memory that one call may take for plan and rows: what max_memory leaves beside the model, the largest
-   mapped matrix and the program; without it, `standard`. */
+/* Memory that one call may take for plan and rows: what max_memory leaves beside the model, the
+   largest mapped matrix and the program; without it, `standard`. */
 static size_t memory_limit(const Model *m, size_t standard) {
     const size_t C = m->file.C, M = m->file.M > 3 * C ? m->file.M : 3 * C;
     const size_t fixed = C * M * sizeof(float) + ((size_t)6 << 20) + m->file.tokenizer_bytes * 2 +
@@ -3098,8 +3112,8 @@ struct patch_cache {
     float *data;
 };
 
-/* Does [...] at *glob (behind the bracket) hold c? Moves *glob behind the closing bracket; a bracket that
-   is never closed stands for itself, as in Python's fnmatch. */
+/* Does [...] at *glob (behind the bracket) hold c? Moves *glob behind the closing bracket; a
+   bracket that is never closed stands for itself, as in Python's fnmatch. */
 static int in_brackets(const char **glob, char c) {
     const char *g = *glob;
     const int negated = *g == '!';
@@ -3111,7 +3125,8 @@ static int in_brackets(const char **glob, char c) {
         if (*g == 0)
             return c == '[';
         if (g[1] == '-' && g[2] != ']' && g[2] != 0) {
-            found |= (unsigned char)g[0] <= (unsigned char)c && (unsigned char)c <= (unsigned char)g[2];
+            found |=
+                (unsigned char)g[0] <= (unsigned char)c && (unsigned char)c <= (unsigned char)g[2];
             g += 3;
         } else
             found |= *g++ == c;
@@ -3120,9 +3135,9 @@ static int in_brackets(const char **glob, char c) {
     return found != negated;
 }
 
-/* fnmatch: * matches anything, dots too, ? one character, [a-c] and [!a-c] one of a set. A * is tried
-   with more and more characters, the last one only, so that the time is at most the product of the
-   lengths. */
+/* fnmatch: * matches anything, dots too, ? one character, [a-c] and [!a-c] one of a set. A * is
+   tried with more and more characters, the last one only, so that the time is at most the product
+   of the lengths. */
 static int glob_matches(const char *glob, const char *name) {
     const char *star = NULL, *retry = NULL;
 
@@ -3135,7 +3150,8 @@ static int glob_matches(const char *glob, const char *name) {
             retry = name;
             continue;
         }
-        ok = *glob == '?' || (*glob == '[' ? in_brackets(&rest, *name) : *glob == *name && *glob != 0);
+        ok = *glob == '?' ||
+             (*glob == '[' ? in_brackets(&rest, *name) : *glob == *name && *glob != 0);
         if (ok) {
             glob = rest;
             name++;
@@ -3158,7 +3174,11 @@ static void tensor_shape(const Model *m, int hook, size_t B, size_t T, patch_ten
     t->rank = strchr("ZRP", shape) ? 4 : 3;
     t->shape[0] = B;
     t->shape[1] = shape == 'P' ? f->H : T;
-    t->shape[2] = shape == 'P' ? T : shape == 'M' ? f->M : shape == '1' ? 1 : shape == 'C' ? f->C : f->H;
+    t->shape[2] = shape == 'P'   ? T
+                  : shape == 'M' ? f->M
+                  : shape == '1' ? 1
+                  : shape == 'C' ? f->C
+                                 : f->H;
     t->shape[3] = shape == 'P' ? T : shape == 'Z' ? f->D : shape == 'R' ? f->C : 1;
 }
 
@@ -3166,10 +3186,10 @@ static size_t tensor_floats(const patch_tensor *t) {
     return t->shape[0] * t->shape[1] * t->shape[2] * (t->rank == 4 ? t->shape[3] : 1);
 }
 
-/* Go through all hook points that a glob matches, in the order of the forward pass; with c == NULL only
-   count them and the floats they take. Returns how many there are. */
-static size_t match_hooks(const Model *m, size_t B, size_t T, const char *const *globs, size_t n_globs,
-                          patch_cache *c, patch_read *reads, size_t *floats) {
+/* Go through all hook points that a glob matches, in the order of the forward pass; with c == NULL
+   only count them and the floats they take. Returns how many there are. */
+static size_t match_hooks(const Model *m, size_t B, size_t T, const char *const *globs,
+                          size_t n_globs, patch_cache *c, patch_read *reads, size_t *floats) {
     size_t n = 0, g, b;
     int layer, hook;
 
@@ -3183,7 +3203,8 @@ static size_t match_hooks(const Model *m, size_t B, size_t T, const char *const 
                 continue;
             patch_hook_name((patch_hook)hook, layer, name, sizeof name);
             for (g = 0; g < n_globs; g++)
-                if (glob_matches(globs[g], name) && (hook != PATCH_RESULT || strstr(globs[g], "result")))
+                if (glob_matches(globs[g], name) &&
+                    (hook != PATCH_RESULT || strstr(globs[g], "result")))
                     break;
             if (g == n_globs)
                 continue;
@@ -3230,13 +3251,15 @@ patch_tensor patch_cache_get(const patch_cache *c, size_t index) {
 }
 
 /* Does every glob match a hook point? */
-static patch_status check_globs(const Model *m, const char *const *globs, size_t n_globs, patch_error *e) {
+static patch_status check_globs(const Model *m, const char *const *globs, size_t n_globs,
+                                patch_error *e) {
     size_t g, floats;
 
     for (g = 0; g < n_globs; g++)
         if (match_hooks(m, 1, 1, &globs[g], 1, NULL, NULL, &floats) == 0)
             return fail(e, PATCH_E_INPUT, globs[g],
-                        "no hook point has this name; try *hook_resid_pre or *, names are TransformerLens's");
+                        "no hook point has this name; try *hook_resid_pre or *, names are "
+                        "TransformerLens's");
     return PATCH_OK;
 }
 
@@ -3309,7 +3332,8 @@ static int unembed_column(const Work *w, int token, double *column, double *bias
             column[k] = (double)row[k];
         return 1;
     }
-    if (!weights_row(f, tail_tensor(f, 0), 0, scale, w->pool->a) || !weights_row(f, tail_tensor(f, 1), 0, shift, w->pool->a))
+    if (!weights_row(f, tail_tensor(f, 0), 0, scale, w->pool->a) ||
+        !weights_row(f, tail_tensor(f, 1), 0, shift, w->pool->a))
         return 0;
     for (k = 0; k < f->C; k++) {
         *bias += (double)shift[k] * (double)row[k];
@@ -3321,8 +3345,8 @@ static int unembed_column(const Work *w, int token, double *column, double *bias
     return 1;
 }
 
-/* sum [C]: the stored unembedding summed over the vocabulary. Tasks are blocks of 64 columns, so that
-   the order of summation does not depend on the threads. */
+/* sum [C]: the stored unembedding summed over the vocabulary. Tasks are blocks of 64 columns, so
+   that the order of summation does not depend on the threads. */
 static int sum_vocabulary(const Work *w, double *sum) {
     const ModelFile *f = &w->m->file;
     const Tensor *t = unembedding(f);
@@ -3353,8 +3377,8 @@ static int sum_vocabulary(const Work *w, double *sum) {
     return 1;
 }
 
-/* center_unembed: the mean column of the processed W_U into mean [C], and the mean of b_U. The mean over
-   v of scale[k] W[v][k] - (1/C) sum_k scale[k] W[v][k] follows from W's own sums over v. */
+/* center_unembed: the mean column of the processed W_U into mean [C], and the mean of b_U. The mean
+   over v of scale[k] W[v][k] - (1/C) sum_k scale[k] W[v][k] follows from W's own sums over v. */
 static int vocabulary_mean(const Work *w, double *mean, double *bias_mean) {
     const ModelFile *f = &w->m->file;
     const double V = (double)f->V;
@@ -3373,7 +3397,8 @@ static int vocabulary_mean(const Work *w, double *mean, double *bias_mean) {
         mean[k] /= V;
     if (!(w->m->steps & DID_FOLD_LN))
         return 1;
-    if (!weights_row(f, tail_tensor(f, 0), 0, scale, w->pool->a) || !weights_row(f, tail_tensor(f, 1), 0, shift, w->pool->a))
+    if (!weights_row(f, tail_tensor(f, 0), 0, scale, w->pool->a) ||
+        !weights_row(f, tail_tensor(f, 1), 0, shift, w->pool->a))
         return 0;
     for (k = 0; k < f->C; k++) {
         *bias_mean += (double)shift[k] * mean[k];
@@ -3387,7 +3412,8 @@ static int vocabulary_mean(const Work *w, double *mean, double *bias_mean) {
 
 /* logits [n,V] of n rows; index as in Rows. */
 static patch_status all_logits(const Work *w, const float *rows, const int *index, size_t n,
-                               const double *mean, double bias_mean, float *logits, patch_error *e) {
+                               const double *mean, double bias_mean, float *logits,
+                               patch_error *e) {
     const ModelFile *f = &w->m->file;
     patch_status s = PATCH_OK;
     size_t first;
@@ -3519,8 +3545,8 @@ static double row_metric(const Work *w, patch_metric metric, const float *logits
 
 enum { LOGIT_ROWS = 128 }; /* rows whose logits are held at once */
 
-/* Metrics of the whole distribution. Rows go through the unembedding in chunks; with KL each example's
-   part of a chunk is led by its clean row, which stands at rows[n + i]. */
+/* Metrics of the whole distribution. Rows go through the unembedding in chunks; with KL each
+   example's part of a chunk is led by its clean row, which stands at rows[n + i]. */
 static patch_status distribution_metric(const Work *w, patch_metric metric,
                                         const patch_example *examples, const Wanted *wanted,
                                         size_t n, const float *rows, double *values,
@@ -3529,7 +3555,8 @@ static patch_status distribution_metric(const Work *w, patch_metric metric,
     float *logits = pool_take(w->pool, most * V, sizeof *logits);
     float *scratch = pool_take(w->pool, V, sizeof *scratch);
     double *mean = pool_take(w->pool, w->m->file.C, sizeof *mean), bias_mean, clean_sum = 0;
-    int index[LOGIT_ROWS], item[LOGIT_ROWS]; /* rows, and which number each gives, -1: a clean row */
+    int index[LOGIT_ROWS],
+        item[LOGIT_ROWS]; /* rows, and which number each gives, -1: a clean row */
     patch_status s = PATCH_OK;
     size_t i = 0, k, m;
 
@@ -3569,8 +3596,8 @@ static patch_status distribution_metric(const Work *w, patch_metric metric,
     return s;
 }
 
-/* Find the wanted numbers that are equal by construction: those of one example and one row. A table of
-   all rows remembers who had each last. */
+/* Find the wanted numbers that are equal by construction: those of one example and one row. A table
+   of all rows remembers who had each last. */
 static int find_same(Pool *pool, Wanted *wanted, const patch_read *reads, size_t n) {
     size_t i, most = 0;
     int *last; /* [rows] number of the wanted one + 1 */
@@ -3629,9 +3656,9 @@ static patch_status score_runs(const Model *m, Pool *pool, const patch_run *runs
 
 /* ==== 10. Patching ===============================================================================
    A sweep is a list of cells. For each example and cell there is one run more: the corrupted prompt
-   with the clean run's activation put in (denoising), or the other way round (noising). All of them are
-   given to the engine at once, or in groups where memory is bounded; what they share, and what costs
-   nothing, it finds out by itself. */
+   with the clean run's activation put in (denoising), or the other way round (noising). All of them
+   are given to the engine at once, or in groups where memory is bounded; what they share, and what
+   costs nothing, it finds out by itself. */
 
 enum { STANDARD_LIMIT = 192 << 20 }; /* bytes of plan and rows where max_memory does not say */
 
@@ -3653,9 +3680,9 @@ static patch_status check_examples(const Model *m, const patch_example *x, size_
 
 /* ---- the plain way: --brute ---- */
 
-/* The edits that set a cell of one run to the values cached from the other run at the cell's hook point
-   and layer: values [T,width], or [H,T,T] of scores and pattern. Returns how many: one, or one a
-   head. */
+/* The edits that set a cell of one run to the values cached from the other run at the cell's hook
+   point and layer: values [T,width], or [H,T,T] of scores and pattern. Returns how many: one, or
+   one a head. */
 static int set_edits(const Model *m, const patch_cell *c, const float *values, size_t T,
                      patch_edit *out) {
     const int square = hook_facts[c->hook].shape == 'P', all_heads = square && c->head < 0;
@@ -3682,9 +3709,10 @@ static int set_edits(const Model *m, const patch_cell *c, const float *values, s
     return n;
 }
 
-/* The notebook's loop, one item after the other: run the source prompt whole and cache the cell's hook
-   point (once for neighbouring cells of one layer); run the other prompt whole with the cached values
-   set. Nothing is shared, nothing left out, and nothing is taken from this chapter's fast way. */
+/* The notebook's loop, one item after the other: run the source prompt whole and cache the cell's
+   hook point (once for neighbouring cells of one layer); run the other prompt whole with the cached
+   values set. Nothing is shared, nothing left out, and nothing is taken from this chapter's fast
+   way. */
 static patch_status brute_items(const Model *m, const patch_example *examples,
                                 const patch_cell *cells, size_t n_cells,
                                 const patch_cells_options *o, size_t first, size_t end,
@@ -3742,7 +3770,8 @@ typedef struct Family {
     size_t bases, base_edits, item_runs, item_edits; /* how many an example or item has, at most */
     int unpatched;         /* the base that an item without effect equals */
     patch_metric metric;
-    /* Fill an example's bases; runs[0..bases-1] are zeroed but for tokens and n_tokens (all clean). */
+    /* Fill an example's bases; runs[0..bases-1] are zeroed but for tokens and n_tokens (all clean).
+       */
     void (*fill_bases)(const struct Family *f, size_t example, int base, patch_run *runs,
                        patch_edit *edits);
     /* Fill an item's runs; runs[0] is number `at`, the example's first base is number `base`. */
@@ -3760,7 +3789,8 @@ static patch_status run_group(const Model *m, Pool *pool, const Family *f, size_
     const size_t examples = (first + n - 1) / f->per_example - from + 1;
     const size_t n_bases = examples * bases, n_runs = n_bases + n * f->item_runs;
     patch_run *runs = pool_take(pool, n_runs, sizeof *runs);
-    patch_edit *edits = pool_take(pool, examples * f->base_edits + n * f->item_edits, sizeof *edits);
+    patch_edit *edits =
+        pool_take(pool, examples * f->base_edits + n * f->item_edits, sizeof *edits);
     Wanted *wanted = pool_take(pool, n_bases + n, sizeof *wanted);
     double *found = pool_take(pool, n_bases + n, sizeof *found);
     patch_edit *next = edits;
@@ -3803,8 +3833,8 @@ static patch_status run_group(const Model *m, Pool *pool, const Family *f, size_
     return PATCH_OK;
 }
 
-/* How many items to try first: 16 times as many as would fit if they shared nothing. Too many costs no
-   more than a plan that is given up. */
+/* How many items to try first: 16 times as many as would fit if they shared nothing. Too many costs
+   no more than a plan that is given up. */
 static size_t first_guess(const Model *m, const Family *f, size_t limit) {
     size_t T = 1, i;
 
@@ -3831,7 +3861,8 @@ static patch_status run_family(const Model *m, const Family *f, size_t first, si
         Pool pool = pool_begin(&m->allocator, limit);
 
         some = end - first < group ? end - first : group;
-        s = pool_end(&pool, run_group(m, &pool, f, first, some, values + first, unpatched, stats, e));
+        s = pool_end(&pool,
+                     run_group(m, &pool, f, first, some, values + first, unpatched, stats, e));
         if (s == PATCH_E_MEMORY && some > 1) { /* too many at once: try half of them */
             group = (some + 1) / 2;
             s = PATCH_OK;
@@ -3849,7 +3880,8 @@ typedef struct Cells { /* the family of a sweep */
     int noising;
 } Cells;
 
-static void fill_both(const Family *f, size_t example, int base, patch_run *runs, patch_edit *edits) {
+static void fill_both(const Family *f, size_t example, int base, patch_run *runs,
+                      patch_edit *edits) {
     (void)base, (void)edits;
     if (f->x[example].corrupted != NULL)
         runs[1].tokens = f->x[example].corrupted;
@@ -3941,7 +3973,8 @@ patch_status patch_measure(const patch_model *m, const patch_example *x, size_t 
 
 /* ---- the sweeps of transformer_lens.patching, a line each ---- */
 
-/* Letters of the axes: l layer, p pos, h head, d dest, s src. Several hook points make a `kind` axis. */
+/* Letters of the axes: l layer, p pos, h head, d dest, s src. Several hook points make a `kind`
+   axis. */
 static const struct SweepRule {
     const char *name, *axes;
     int n_hooks;
@@ -3972,8 +4005,8 @@ const char *patch_sweep_name(size_t i) {
     return i < sizeof sweep_rules / sizeof sweep_rules[0] ? sweep_rules[i].name : NULL;
 }
 
-patch_status patch_sweep_cells(const patch_model *m, const char *sweep, int n_tokens, patch_shape *shape,
-                               patch_cell *cells, patch_error *e) {
+patch_status patch_sweep_cells(const patch_model *m, const char *sweep, int n_tokens,
+                               patch_shape *shape, patch_cell *cells, patch_error *e) {
     const struct SweepRule *rule = NULL;
     const char *axis;
     size_t i, k;
@@ -4252,8 +4285,9 @@ static patch_status factor_model(Model *m, patch_error *e) {
 
 /* ---- 11.2 Causal tracing: Meng et al. 2022, arXiv:2202.05262 ---- */
 
-/* numpy's RandomState: MT19937 (Matsumoto and Nishimura 1998) and its Gaussian numbers. Equal bit for
-   bit, so nothing here may be fused or reordered: Gaussians come from the polar method in double. */
+/* numpy's RandomState: MT19937 (Matsumoto and Nishimura 1998) and its Gaussian numbers. Equal bit
+   for bit, so nothing here may be fused or reordered: Gaussians come from the polar method in
+   double. */
 typedef struct Random {
     uint32_t state[624];
     int at, has_spare;
@@ -4316,8 +4350,8 @@ static double random_gauss(Random *r) {
     return square * y;
 }
 
-/* A fact's traces: the family of one prompt. Bases: the clean run, then `samples` corrupted ones, whose
-   subject's token embeddings are set to noisy ones. An item is (token, layer, sample). */
+/* A fact's traces: the family of one prompt. Bases: the clean run, then `samples` corrupted ones,
+   whose subject's token embeddings are set to noisy ones. An item is (token, layer, sample). */
 typedef struct Trace {
     const Model *m;
     const patch_trace_options *o;
@@ -4326,7 +4360,8 @@ typedef struct Trace {
     int kind;
 } Trace;
 
-static void trace_bases(const Family *f, size_t example, int base, patch_run *runs, patch_edit *edits) {
+static void trace_bases(const Family *f, size_t example, int base, patch_run *runs,
+                        patch_edit *edits) {
     const Trace *t = f->ctx;
     const int range = t->fact->end - t->fact->begin;
     const size_t C = t->m->file.C;
@@ -4355,8 +4390,9 @@ static void copy_whole(patch_edit *e, patch_hook hook, int layer, int pos, int s
     e->source = source;
 }
 
-/* Restore resid_post, or mlp_out or attn_out over a window of layers, at one token of one sample. Severed:
-   restore resid_post while mlp_out or attn_out stay as they were in the corrupted run, in every layer. */
+/* Restore resid_post, or mlp_out or attn_out over a window of layers, at one token of one sample.
+   Severed: restore resid_post while mlp_out or attn_out stay as they were in the corrupted run, in
+   every layer. */
 static void trace_item(const Family *f, size_t example, size_t item, int base, int at,
                        patch_run *run, patch_edit *edits) {
     const Trace *t = f->ctx;
@@ -4369,7 +4405,8 @@ static void trace_item(const Family *f, size_t example, size_t item, int base, i
 
     (void)example;
     n = corrupted->n_edits;
-    memcpy(edits, corrupted->edits, (size_t)n * sizeof *edits); /* the noise, of the same contents */
+    memcpy(edits, corrupted->edits,
+           (size_t)n * sizeof *edits); /* the noise, of the same contents */
     if (t->kind == PATCH_TRACE_RESID || severed)
         copy_whole(&edits[n++], PATCH_RESID_POST, layer, pos, base);
     if (t->kind != PATCH_TRACE_RESID) {
@@ -4382,8 +4419,8 @@ static void trace_item(const Family *f, size_t example, size_t item, int base, i
     run->n_edits = n;
 }
 
-/* sigma: `noise` times the standard deviation (unbiased, rounded to float) of all elements of the raw
-   embeddings of all facts' subjects, each subject by itself. */
+/* sigma: `noise` times the standard deviation (unbiased, rounded to float) of all elements of the
+   raw embeddings of all facts' subjects, each subject by itself. */
 patch_status patch_trace_sigma(const patch_model *m, const int *tokens, size_t n, double noise,
                                double *sigma, patch_error *e) {
     const size_t C = m->file.C;
@@ -4429,7 +4466,8 @@ static int noisy_embeddings(const Model *m, const patch_trace_options *o, const 
         for (i = fact->begin; ok && i < fact->end; i++, noisy += C) {
             double mean = 0;
 
-            ok = weights_row(&m->file, &m->file.tensors[0], (size_t)fact->tokens[i], row, &m->allocator);
+            ok = weights_row(&m->file, &m->file.tensors[0], (size_t)fact->tokens[i], row,
+                             &m->allocator);
             for (k = 0; k < C; k++) {
                 volatile double noise = o->sigma * random_gauss(r); /* not fused: numpy rounds it */
 
@@ -4519,7 +4557,8 @@ typedef struct Ablation {
 } Ablation;
 
 /* Bases: an example's clean run and its partner's. */
-static void ablate_bases(const Family *f, size_t example, int base, patch_run *runs, patch_edit *edits) {
+static void ablate_bases(const Family *f, size_t example, int base, patch_run *runs,
+                         patch_edit *edits) {
     const Ablation *a = f->ctx;
 
     (void)base, (void)edits;
@@ -4539,7 +4578,8 @@ static void ablate_item(const Family *f, size_t example, size_t item, int base, 
     run->n_edits = (int)(a->sets[item + 1] - a->sets[item]);
     for (i = a->sets[item]; i < a->sets[item + 1]; i++, edit++) {
         const patch_cell *c = &a->cells[i];
-        const size_t pos = c->pos < 0 ? 0 : (size_t)c->pos, head = c->head < 0 ? 0 : (size_t)c->head;
+        const size_t pos = c->pos < 0 ? 0 : (size_t)c->pos,
+                     head = c->head < 0 ? 0 : (size_t)c->head;
 
         copy_whole(edit, c->hook, c->layer, c->pos, base + 1);
         edit->head = c->head;
@@ -4547,7 +4587,8 @@ static void ablate_item(const Family *f, size_t example, size_t item, int base, 
             continue;
         edit->op = a->o->by == PATCH_BY_NOISE ? PATCH_ADD : PATCH_SET;
         edit->stride = a->width;
-        edit->values = a->values + ((group * a->m->file.L + (size_t)c->layer) * a->T + pos) * a->width +
+        edit->values = a->values +
+                       ((group * a->m->file.L + (size_t)c->layer) * a->T + pos) * a->width +
                        head * part;
     }
 }
@@ -4560,10 +4601,12 @@ static patch_status activation_means(const Model *m, const patch_example *x, siz
     const size_t L = m->file.L, size = a->T * a->width, groups = (size_t)o->n_groups;
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
     double *sum = pool_take(&pool, groups * L * size, sizeof *sum);
-    double *moments = pool_take(&pool, 2 * L, sizeof *moments), *count = pool_take(&pool, groups, sizeof *count);
+    double *moments = pool_take(&pool, 2 * L, sizeof *moments),
+           *count = pool_take(&pool, groups, sizeof *count);
     float *rows = pool_take(&pool, L * size, sizeof *rows);
     patch_read *reads = pool_take(&pool, L, sizeof *reads);
-    patch_status s = sum && moments && count && rows && reads ? PATCH_OK : no_memory(e, "ablate", pool.refused);
+    patch_status s =
+        sum && moments && count && rows && reads ? PATCH_OK : no_memory(e, "ablate", pool.refused);
     size_t b, l, i;
 
     for (b = 0; s == PATCH_OK && b < n; b++) {
@@ -4611,7 +4654,8 @@ static patch_status ablation_values(const Model *m, const patch_example *x, size
     if (a->o->by == PATCH_BY_MEAN || a->o->by == PATCH_BY_NOISE)
         s = activation_means(m, x, n, a->o, a, deviation, e);
     random_seed(r, a->o->seed);
-    for (i = 0; s == PATCH_OK && a->o->by == PATCH_BY_NOISE && i < (size_t)a->o->n_groups * L * size; i++)
+    for (i = 0;
+         s == PATCH_OK && a->o->by == PATCH_BY_NOISE && i < (size_t)a->o->n_groups * L * size; i++)
         a->values[i] = (float)(a->o->noise * deviation[i / size % L] * random_gauss(r));
     return s;
 }
@@ -4635,7 +4679,8 @@ patch_status patch_ablate(const patch_model *m, const patch_example *x, size_t n
     for (i = 0; s == PATCH_OK && i < sets[n_sets]; i++)
         if (cells[i].hook != cells[0].hook || hook_facts[cells[i].hook].shape == 'P' ||
             hook_where((int)cells[i].hook) != EACH)
-            s = fail(e, PATCH_E_USAGE, "site", "cells of one hook point inside the blocks are wanted, "
+            s = fail(e, PATCH_E_USAGE, "site",
+                     "cells of one hook point inside the blocks are wanted, "
                      "and no pattern; choose another site");
     for (run = 0; s == PATCH_OK && run < n; run++) {
         WITHIN("number of tokens", x[run].n_tokens, x[0].n_tokens, x[0].n_tokens);
@@ -4675,11 +4720,11 @@ typedef struct Paths {
     const patch_path_options *o;
 } Paths;
 
-/* An item is a sender (layer, head). Run 0: every head's z held at the original's, the sender's taken from
-   the other run. To the final residual stream that is all; to heads, run 1 is the original with the
-   receivers' q, k or v taken from run 0. */
-static void path_item(const Family *f, size_t example, size_t item, int base, int at, patch_run *runs,
-                      patch_edit *edits) {
+/* An item is a sender (layer, head). Run 0: every head's z held at the original's, the sender's
+   taken from the other run. To the final residual stream that is all; to heads, run 1 is the
+   original with the receivers' q, k or v taken from run 0. */
+static void path_item(const Family *f, size_t example, size_t item, int base, int at,
+                      patch_run *runs, patch_edit *edits) {
     const Paths *p = f->ctx;
     const int L = p->m->dims.n_layers, H = p->m->dims.n_heads;
     const int original = base + f->unpatched, other = base + 1 - f->unpatched;
@@ -4744,7 +4789,8 @@ patch_status patch_paths(const patch_model *m, const patch_example *x, size_t n,
 
 /* ---- 11.5 Direct logit attribution and the logit lens (nostalgebraist 2020) ---- */
 
-/* (row - mean) / scale . direction: what a part of the residual stream adds to the logit difference. */
+/* (row - mean) / scale . direction: what a part of the residual stream adds to the logit
+   difference. */
 static double attribution(const float *row, size_t C, double scale, const double *direction) {
     double mean = 0, sum = 0;
     size_t k;
@@ -4757,7 +4803,8 @@ static double attribution(const float *row, size_t C, double scale, const double
     return sum / scale;
 }
 
-/* The logit difference's direction in the residual stream behind LayerNorm's scaling, and its bias. */
+/* The logit difference's direction in the residual stream behind LayerNorm's scaling, and its bias.
+   */
 static int lens_direction(const Work *w, const patch_example *x, double *direction, double *other,
                           double *bias) {
     const ModelFile *f = &w->m->file;
@@ -4765,7 +4812,8 @@ static int lens_direction(const Work *w, const patch_example *x, double *directi
     double minus;
     size_t k;
 
-    if (!unembed_column(w, x->answer, direction, bias) || !unembed_column(w, x->wrong, other, &minus))
+    if (!unembed_column(w, x->answer, direction, bias) ||
+        !unembed_column(w, x->wrong, other, &minus))
         return 0;
     *bias -= minus;
     for (k = 0; k < f->C; k++)
@@ -4782,11 +4830,11 @@ static int lens_direction(const Work *w, const patch_example *x, double *directi
     return 1;
 }
 
-/* The reads of one example: embed, pos_embed, then a layer at a time resid_pre, attn_out, resid_mid,
-   mlp_out and result [H,C], the last resid_post, and LayerNorm's scale. */
+/* The reads of one example: embed, pos_embed, then a layer at a time resid_pre, attn_out,
+   resid_mid, mlp_out and result [H,C], the last resid_post, and LayerNorm's scale. */
 static size_t lens_reads(const Model *m, int pos, float *rows, patch_read *reads) {
-    static const patch_hook each[] = {PATCH_RESID_PRE, PATCH_ATTN_OUT, PATCH_RESID_MID, PATCH_MLP_OUT,
-                                      PATCH_RESULT};
+    static const patch_hook each[] = {PATCH_RESID_PRE, PATCH_ATTN_OUT, PATCH_RESID_MID,
+                                      PATCH_MLP_OUT, PATCH_RESULT};
     const int L = m->dims.n_layers;
     size_t n = 0;
     int i;
@@ -4807,8 +4855,8 @@ static size_t lens_reads(const Model *m, int pos, float *rows, patch_read *reads
 }
 
 /* One example's parts from its reads. */
-static void lens_parts(const Model *m, const patch_read *reads, const double *direction, double bias,
-                       patch_lens *out, size_t b) {
+static void lens_parts(const Model *m, const patch_read *reads, const double *direction,
+                       double bias, patch_lens *out, size_t b) {
     const size_t C = m->file.C, L = m->file.L, H = m->file.H;
     const double scale = (double)*reads[5 * L + 3].out;
     double *accumulated = out->accumulated + b * (2 * L + 1), *lens = out->lens + b * (2 * L + 1);
@@ -4816,7 +4864,8 @@ static void lens_parts(const Model *m, const patch_read *reads, const double *di
     size_t l, h, i;
 
     for (i = 0; i <= 2 * L; i++) {
-        const float *row = i == 2 * L ? reads[5 * L + 2].out : reads[2 + i / 2 * 5 + (i % 2 ? 2 : 0)].out;
+        const float *row =
+            i == 2 * L ? reads[5 * L + 2].out : reads[2 + i / 2 * 5 + (i % 2 ? 2 : 0)].out;
         float own;
 
         m->kernels->norm_scale(row, C, m->file.eps, &own);
@@ -4829,15 +4878,16 @@ static void lens_parts(const Model *m, const patch_read *reads, const double *di
         layers[2 + 2 * l] = attribution(reads[3 + 5 * l].out, C, scale, direction);
         layers[3 + 2 * l] = attribution(reads[5 + 5 * l].out, C, scale, direction);
         for (h = 0; h < H; h++)
-            sum += heads[l * H + h] = attribution(reads[6 + 5 * l].out + h * C, C, scale, direction);
+            sum += heads[l * H + h] =
+                attribution(reads[6 + 5 * l].out + h * C, C, scale, direction);
     }
     heads[L * H] = accumulated[2 * L] - sum; /* the remainder: everything that is no head */
     out->bias[b] = bias;
     out->logit_diff[b] = accumulated[2 * L] + bias;
 }
 
-patch_status patch_logit_lens(const patch_model *m, const patch_example *x, size_t n, patch_lens *out,
-                              patch_error *e) {
+patch_status patch_logit_lens(const patch_model *m, const patch_example *x, size_t n,
+                              patch_lens *out, patch_error *e) {
     const size_t C = m->file.C, L = m->file.L;
     const size_t floats = (4 * L + 3) * C + L * m->file.H * C + 1;
     patch_status s = check_examples(m, x, n, PATCH_LOGIT_DIFF, 0, e);
@@ -4872,8 +4922,8 @@ patch_status patch_logit_lens(const patch_model *m, const patch_example *x, size
 
 /* ---- 11.6 Kinds of heads: TransformerLens's detect_head ---- */
 
-/* Does destination d attending to source s count for a kind? 0 the previous token, 1 an earlier equal
-   token, 2 the token behind an earlier equal one (induction). */
+/* Does destination d attending to source s count for a kind? 0 the previous token, 1 an earlier
+   equal token, 2 the token behind an earlier equal one (induction). */
 static int head_kind_detects(const int *tokens, size_t d, size_t s, int kind) {
     return kind == 0 ? d == s + 1
            : kind == 1 ? s < d && tokens[s] == tokens[d]
@@ -4920,8 +4970,8 @@ patch_status patch_head_kinds(const patch_model *m, const int *tokens, int n_tok
 
 /* ==== 12. Writers ================================================================================ */
 
-/* One axis of a table. labels[i] are text for people (a token as "|to|_14", a head as "H3"), escaped
-   by each writer as its format wants; NULL: the numbers 0..size-1. */
+/* One axis of a table. labels[i] are text for people (a token as "|to|_14", a head as "H3"),
+   escaped by each writer as its format wants; NULL: the numbers 0..size-1. */
 typedef struct Axis {
     const char *name; /* example, kind, layer, pos, head, dest, src, part */
     size_t size;
@@ -4941,7 +4991,8 @@ typedef struct Table {
     double range;         /* --range: where the colours end; 0: at the largest value */
     int has_baseline;
     double clean, corrupted;  /* the unpatched means */
-    /* Token texts, the model's own bytes: of the first clean example, by position; n_tokens of them. */
+    /* Token texts, the model's own bytes: of the first clean example, by position; n_tokens of
+       them. */
     const char *const *tokens;
     const size_t *token_bytes;
     size_t n_tokens;
@@ -6583,8 +6634,8 @@ static patch_status write_tables(const char *path, const Format *formats, const 
 
 /* ---- 12.9 The processed flat file (`fold`) ---- */
 
-/* A flat file on its way: tensors are written one after another while their table is filled; the head,
-   which holds the table's checksum, comes last, over zeros. */
+/* A flat file on its way: tensors are written one after another while their table is filled; the
+   head, which holds the table's checksum, comes last, over zeros. */
 typedef struct FlatFile {
     FILE *f;
     ModelFile file;       /* sizes and flags as the new file will have them */
@@ -6786,14 +6837,16 @@ typedef struct Sha256 {
 
 static void sha256_block(uint32_t state[8], const unsigned char *p) {
     static const uint32_t k[64] = {
-        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
-        0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
-        0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
-        0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
-        0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
-        0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
-        0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
-        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4,
+        0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe,
+        0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f,
+        0x4a7484aa, 0x5cb0a9dc, 0x76f988da, 0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7,
+        0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc,
+        0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b,
+        0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116,
+        0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7,
+        0xc67178f2};
     uint32_t w[64], s[8];
     int i;
 
@@ -6880,9 +6933,9 @@ patch_status patch_model_sha256(const patch_model *m, char hex[65], patch_error 
 }
 
 /* ---- 12.11 Part files: what a killed run leaves, and what shards are joined from ----
-   A sweep's finished items are appended to a file beside its output, and the same command goes on from
-   there. The file is: a head, which says in lines "key: value" what is computed and, behind an empty
-   line, how the tables are made from it; then records, in any order, each
+   A sweep's finished items are appended to a file beside its output, and the same command goes on
+   from there. The file is: a head, which says in lines "key: value" what is computed and, behind an
+   empty line, how the tables are made from it; then records, in any order, each
         u64 first item   u64 count n   f64 values [n]   f64 unpatched [examples touched, bases]
         u32 CRC-32 of all that
    little-endian. A record that is cut short or damaged ends the file: it is computed again. */
@@ -6949,9 +7002,10 @@ static patch_status other_head(const char *path, const char *want, size_t n_want
         if (want[i] == '\n')
             line = i + 1;
     width = (int)strcspn(got + (line < n_got ? line : 0), "\n");
-    return fail(e, PATCH_E_INPUT, path,
-                "holds the part of another run (%.*s); remove it or give the settings it was made with",
-                width > 120 ? 120 : width, line < n_got ? got + line : "");
+    return fail(
+        e, PATCH_E_INPUT, path,
+        "holds the part of another run (%.*s); remove it or give the settings it was made with",
+        width > 120 ? 120 : width, line < n_got ? got + line : "");
 }
 
 /* All records of a part file's bytes, behind its head; returns how many bytes are sound. */
@@ -6978,7 +7032,8 @@ static unsigned char *read_whole(Pool *pool, const char *path, size_t *n) {
     return bytes;
 }
 
-/* Open a part file, going on with what is there. An unsound end is cut off by writing the file anew. */
+/* Open a part file, going on with what is there. An unsound end is cut off by writing the file
+   anew. */
 static patch_status part_open(Part *p, patch_error *e) {
     const char *die = getenv("ACTPATCH_DIE_AT_WRITE"); /* for the tests */
     Pool pool = pool_begin(&HEAP, SIZE_MAX / 2);
@@ -6994,20 +7049,24 @@ static patch_status part_open(Part *p, patch_error *e) {
         s = n <= PART_SHARD ? other_head(p->path, p->head, p->n_head, (const char *)bytes, n, e)
                             : other_head(p->path, p->head + PART_SHARD, p->n_head - PART_SHARD,
                                          (const char *)bytes + PART_SHARD, n - PART_SHARD, e);
-    if (s == PATCH_OK && (sound == 0 || sound < n) && (s = out_open(&out, p->path, e)) == PATCH_OK) {
+    if (s == PATCH_OK && (sound == 0 || sound < n) &&
+        (s = out_open(&out, p->path, e)) == PATCH_OK) {
         fwrite(sound ? (const char *)bytes : p->head, 1, sound ? sound : p->n_head, out.f);
         s = out_close(&out, e);
     }
     if (s == PATCH_OK && (p->f = fopen(p->path, "ab")) == NULL)
-        s = fail(e, PATCH_E_IO, p->path, "cannot be written (%s); name another output", strerror(errno));
+        s = fail(e, PATCH_E_IO, p->path, "cannot be written (%s); name another output",
+                 strerror(errno));
     return pool_end(&pool, s);
 }
 
 /* Append items just finished: patch_cells_options.done. */
-static patch_status part_append(void *ctx, size_t first, size_t n, const double *values, patch_error *e) {
+static patch_status part_append(void *ctx, size_t first, size_t n, const double *values,
+                                patch_error *e) {
     Part *p = ctx;
     size_t examples, i, at = 16;
-    const size_t length = record_bytes(p, first, n, &examples), from = first / p->per_example * p->bases;
+    const size_t length = record_bytes(p, first, n, &examples),
+                 from = first / p->per_example * p->bases;
     unsigned char *r = take(&HEAP, length, 1);
     int ok = r != NULL;
 
@@ -7032,8 +7091,10 @@ static patch_status part_append(void *ctx, size_t first, size_t n, const double 
     for (i = 0; i < n; i++)
         p->have[first + i] = 1;
     return ok ? PATCH_OK
-              : fail(e, PATCH_E_IO, p->path, "could not be written (%s); make room and run this again, "
-                     "it goes on from here", strerror(errno));
+              : fail(e, PATCH_E_IO, p->path,
+                     "could not be written (%s); make room and run this again, "
+                     "it goes on from here",
+                     strerror(errno));
 }
 
 /* Close; with `remove_it` the whole is written elsewhere and the part not needed any more. */
@@ -7283,7 +7344,8 @@ static const Option OPTIONS[] = {
          "0 is the unpatched run, 1 (noising -1) the other"),
     FLAG("--per-prompt", ON_EACH, per_prompt, 1, "every example instead of the mean"),
     FLAG("--brute", ON_PATCH, brute, 1, "a full pass a cell: the same bits, slowly"),
-    VALUE("--shard", "I/N", ON_PATCH, TAKES_TEXT, shard, "only part I of N, into FILE.part; see merge"),
+    VALUE("--shard", "I/N", ON_PATCH, TAKES_TEXT, shard,
+          "only part I of N, into FILE.part; see merge"),
     FLAG("--stats", ON_PATCH, stats, 1, "what it cost, on stderr and in .json"),
     WORD("--color", "WHEN", ON_SHOWN, color, COLORS, "auto (default), always or never"),
     VALUE("--range", "X", ON_SHOWN, TAKES_NUMBER, range,
@@ -8329,7 +8391,8 @@ static patch_status common_settings(App *app, Common *c, patch_error *e) {
     TRY(keep_text(app, &kept, e, "%s}", text));
     c->table.json_settings = kept;
     for (i = 0; i < app->outputs.n; i++)
-        if (app->shard != NULL || format_of(app->outputs.items[i], app->command->formats)->names_model)
+        if (app->shard != NULL ||
+            format_of(app->outputs.items[i], app->command->formats)->names_model)
             c->table.model = c->model;
     return c->table.model != NULL ? patch_model_sha256(app->model, c->model, e) : PATCH_OK;
 }
@@ -8483,8 +8546,9 @@ static size_t parse_head(const App *app, const char *text, int more, patch_cell 
     size_t layer, head, a = parse_digits(text, n, &layer), b;
     const char *letter, letters[] = "qkv";
 
-    if (a == 0 || a >= n || text[a] != '.' || (b = parse_digits(text + a + 1, n - a - 1, &head)) == 0 ||
-        layer >= (size_t)d->n_layers || head >= (size_t)d->n_heads)
+    if (a == 0 || a >= n || text[a] != '.' ||
+        (b = parse_digits(text + a + 1, n - a - 1, &head)) == 0 || layer >= (size_t)d->n_layers ||
+        head >= (size_t)d->n_heads)
         return 0;
     memset(c, 0, sizeof *c);
     c->layer = (int)layer;
@@ -8520,9 +8584,9 @@ static patch_status parse_heads(App *app, const char *list, int more, const char
     for (; *n == 0 || (*n < every && *list == ','); (*n)++, list += length) {
         list += *list == ',';
         if ((length = parse_head(app, list, more, &(*cells)[*n])) == 0)
-            return fail(e, PATCH_E_INPUT, option, "no head %.*s in %d layers of %d; give them as %s",
-                        (int)strcspn(list, ","), list, d->n_layers, d->n_heads,
-                        more ? "9.6.q,10.0.k" : "9.6,10.0");
+            return fail(e, PATCH_E_INPUT, option,
+                        "no head %.*s in %d layers of %d; give them as %s", (int)strcspn(list, ","),
+                        list, d->n_layers, d->n_heads, more ? "9.6.q,10.0.k" : "9.6,10.0");
         if (strcmp(list, "all") == 0)
             break;
     }
@@ -8644,7 +8708,8 @@ static patch_status cmd_heads(App *app, patch_error *e) {
         random_seed(r, (uint32_t)app->seed);
         repeated[0] = bos ? d->bos : 0;
         for (i = 0; i < half; i++)
-            repeated[bos + i] = repeated[bos + half + i] = (int)(random_u32(r) % (uint32_t)d->d_vocab);
+            repeated[bos + i] = repeated[bos + half + i] =
+                (int)(random_u32(r) % (uint32_t)d->d_vocab);
         ids = repeated;
         n = n > 0 ? n : 1;
     }
@@ -8657,19 +8722,26 @@ static patch_status cmd_heads(App *app, patch_error *e) {
     return give_tables(app, &t, 1, e);
 }
 
-/* "0_pre", "0_mid", ..., "final_post"; "embed", "pos_embed", "0_attn_out", ...; "L0H0", ..., the rest. */
+/* "0_pre", "0_mid", ..., "final_post"; "embed", "pos_embed", "0_attn_out", ...; "L0H0", ..., the
+   rest. */
 static patch_status lens_labels(App *app, int which, size_t n, char ***labels, patch_error *e) {
     const size_t H = (size_t)patch_model_dims(app->model)->n_heads;
     size_t i;
 
     KEEP(*labels, n);
     for (i = 0; i < n; i++) {
-        const unsigned long layer = (unsigned long)(which == 2 ? i / H : which == 1 ? (i - 2) / 2 : i / 2);
+        const unsigned long layer = (unsigned long)(which == 2   ? i / H
+                                                    : which == 1 ? (i - 2) / 2
+                                                                 : i / 2);
         const char *last = which == 0 ? "final_post" : "remainder";
 
         if (which == 1)
-            TRY(keep_text(app, *labels + i, e, i == 0 ? "embed" : i == 1 ? "pos_embed" : i % 2 ? "%lu_mlp_out"
-                          : "%lu_attn_out", layer));
+            TRY(keep_text(app, *labels + i, e,
+                          i == 0   ? "embed"
+                          : i == 1 ? "pos_embed"
+                          : i % 2  ? "%lu_mlp_out"
+                                   : "%lu_attn_out",
+                          layer));
         else if (i == n - 1)
             TRY(keep_text(app, *labels + i, e, "%s", last));
         else if (which == 0)
@@ -8692,7 +8764,8 @@ static patch_status cmd_lens(App *app, patch_error *e) {
     Prompts p;
     int i;
 
-    TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN) | NEEDS(ANSWER) | NEEDS(WRONG), 0, 0, &p, e));
+    TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN) | NEEDS(ANSWER) | NEEDS(WRONG), 0, 0,
+                     &p, e));
     KEEP(lens.accumulated, p.n * sizes[0]);
     KEEP(lens.layers, p.n * sizes[1]);
     KEEP(lens.heads, p.n * sizes[2]);
@@ -8723,11 +8796,25 @@ static patch_status cmd_lens(App *app, patch_error *e) {
     return give_tables(app, tables, 4, e);
 }
 
+/* With --normalize, that 0 / 0 is no number is told once. */
+static void warn_no_difference(const App *app, double clean, double corrupted) {
+    patch_error w;
+
+    if (!app->normalize || clean != corrupted)
+        return;
+    fail(&w, PATCH_OK, "--normalize",
+         "clean and corrupted mean are both %.9g, so values are nan or "
+         "infinite; choose other prompts or another metric",
+         clean);
+    print_message("warning: ", &w);
+}
+
 /* (v - zero) / (clean - corrupted) of n values, as `patch` has it. */
 static void normalize(const App *app, const Common *c, double *v, size_t n) {
     const double zero = app->noising ? c->table.clean : c->table.corrupted;
     size_t i;
 
+    warn_no_difference(app, c->table.clean, c->table.corrupted);
     for (i = 0; app->normalize && i < n; i++)
         v[i] = (v[i] - zero) / (c->table.clean - c->table.corrupted);
 }
@@ -8775,7 +8862,8 @@ static patch_status ablation_groups(App *app, const Prompts *p, patch_ablation *
         return PATCH_OK;
     TRY(tsv_column(&p->tsv, app->groups, &column, e));
     if (column < 0)
-        return fail(e, PATCH_E_INPUT, "--groups", "no column %.60s; name one of the file's", app->groups);
+        return fail(e, PATCH_E_INPUT, "--groups", "no column %.60s; name one of the file's",
+                    app->groups);
     KEEP(groups, p->n);
     for (b = 0, o->n_groups = 0; b < p->n; b++) {
         const Field *mine = &fields[(b + 1) * p->tsv.n_columns + (size_t)column];
@@ -8821,7 +8909,8 @@ static patch_status head_set(App *app, patch_cell **cells, size_t *n, patch_erro
     TRY(parse_heads(app, "all", 0, "--heads", &all, &n_all, e));
     KEEP(*cells, (size_t)d->n_layers * (size_t)d->n_heads);
     for (*n = i = 0; i < n_all; i++) {
-        for (k = 0; k < n_named && (named[k].layer != all[i].layer || named[k].head != all[i].head); k++)
+        for (k = 0; k < n_named && (named[k].layer != all[i].layer || named[k].head != all[i].head);
+             k++)
             continue;
         if (k == n_named)
             (*cells)[(*n)++] = all[i];
@@ -8830,7 +8919,8 @@ static patch_status head_set(App *app, patch_cell **cells, size_t *n, patch_erro
 }
 
 static patch_status cmd_ablate(App *app, patch_error *e) {
-    patch_ablation o = {(patch_by)app->by, (patch_metric)app->metric, NULL, 1, NULL, app->noise, (unsigned)app->seed};
+    patch_ablation o = {(patch_by)app->by, (patch_metric)app->metric, NULL, 1, NULL,
+                        app->noise,        (unsigned)app->seed};
     patch_shape shape = {0};
     patch_cell *cells = NULL;
     double *values, *unpatched;
@@ -8840,8 +8930,10 @@ static patch_status cmd_ablate(App *app, patch_error *e) {
     int k;
 
     if ((app->site != NULL) == (app->heads != NULL))
-        return fail(e, PATCH_E_USAGE, "ablate", "it wants a site or heads; give --site SWEEP or --heads 9.6,10.0");
-    TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN) | metric_needs(app->metric), 0, 1, &p, e));
+        return fail(e, PATCH_E_USAGE, "ablate",
+                    "it wants a site or heads; give --site SWEEP or --heads 9.6,10.0");
+    TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN) | metric_needs(app->metric), 0, 1,
+                     &p, e));
     if (app->site != NULL) {
         TRY(patch_sweep_cells(app->model, app->site, p.examples[0].n_tokens, &shape, NULL, e));
         KEEP(cells, shape.n_cells);
@@ -8857,7 +8949,8 @@ static patch_status cmd_ablate(App *app, patch_error *e) {
     KEEP(unpatched, p.n);
     TRY(ablation_groups(app, &p, &o, e));
     TRY(ablation_partners(app, p.n, &o, e));
-    TRY(patch_ablate(app->model, p.examples, p.n, cells, sets, n_sets, &o, values, unpatched, NULL, e));
+    TRY(patch_ablate(app->model, p.examples, p.n, cells, sets, n_sets, &o, values, unpatched, NULL,
+                     e));
     TRY(common_begin(app, &p, &c, e));
     c.table.direction = NULL;
     c.table.name = app->site ? app->site : "heads";
@@ -8897,6 +8990,7 @@ typedef struct Facts {
     int *subject_ids; /* of all subjects, one behind the other */
     size_t n_subject_ids;
     int kinds;
+    double sigma;
 } Facts;
 
 /* Bytes of the first n tokens. */
@@ -8919,7 +9013,8 @@ static patch_status find_subject(App *app, const Field *prompt, const Field *sub
         if (memcmp(prompt->text + at, subject->text, subject->length) == 0)
             break;
     if (subject->length == 0 || at + subject->length > prompt->length)
-        return fail(e, PATCH_E_INPUT, place, "the subject does not stand in its prompt; correct one of them");
+        return fail(e, PATCH_E_INPUT, place,
+                    "the subject does not stand in its prompt; correct one of them");
     for (f->begin = bos; bytes_before(app, f->tokens + bos, (size_t)(f->begin + 1 - bos)) <= at;)
         f->begin++;
     for (f->end = f->begin + 1;
@@ -8941,8 +9036,9 @@ static patch_status fact_answer(App *app, TracedFact *t, const Field *attribute,
         lead++;
     while (n > lead && (token[n - 1] == ' ' || token[n - 1] == '\n' || token[n - 1] == '\t'))
         n--;
-    t->skipped = attribute != NULL && attribute->length > 0 &&
-                 (attribute->length != n - lead || memcmp(attribute->text, token + lead, n - lead) != 0);
+    t->skipped =
+        attribute != NULL && attribute->length > 0 &&
+        (attribute->length != n - lead || memcmp(attribute->text, token + lead, n - lead) != 0);
     return PATCH_OK;
 }
 
@@ -8956,8 +9052,10 @@ static patch_status read_facts(App *app, Facts *f, patch_error *e) {
     TRY(tsv_column(&f->tsv, "subject", &subject, e));
     TRY(tsv_column(&f->tsv, "attribute", &attribute, e));
     if (prompt < 0 || subject < 0)
-        return fail(e, PATCH_E_INPUT, f->tsv.path, "no column %s; the first line names prompt, subject and "
-                    "attribute", prompt < 0 ? "prompt" : "subject");
+        return fail(e, PATCH_E_INPUT, f->tsv.path,
+                    "no column %s; the first line names prompt, subject and "
+                    "attribute",
+                    prompt < 0 ? "prompt" : "subject");
     f->n = f->tsv.n_rows;
     KEEP(f->facts, f->n);
     for (row = 0; row < f->n; row++) {
@@ -9071,14 +9169,15 @@ static void json_fact(FILE *f, const App *app, const Facts *facts, const TracedF
     fputs("}}", f);
 }
 
-static patch_status write_trace_json(const App *app, const Facts *facts, const char *path, patch_error *e) {
+static patch_status write_trace_json(const App *app, const Facts *facts, const char *path,
+                                     patch_error *e) {
     const size_t L = (size_t)patch_model_dims(app->model)->n_layers;
     int kind, group, which, first = 1;
     OutFile o;
     size_t k, l;
 
     TRY(out_open(&o, path, e));
-    fputs("{\"command\":\"trace\",\"facts\":[", o.f);
+    fprintf(o.f, "{\"command\":\"trace\",\"sigma\":%.17g,\"facts\":[", facts->sigma);
     for (k = 0; k < facts->n; k++)
         if (!facts->facts[k].skipped) {
             fputs(first ? "\n" : ",\n", o.f);
@@ -9112,7 +9211,8 @@ static patch_status write_trace_json(const App *app, const Facts *facts, const c
 }
 
 /* A fact's table [kind, pos, layer], or the averages' [kind, group, layer]. */
-static patch_status trace_table(App *app, const Facts *f, const TracedFact *t, Table *table, patch_error *e) {
+static patch_status trace_table(App *app, const Facts *f, const TracedFact *t, Table *table,
+                                patch_error *e) {
     const size_t L = (size_t)patch_model_dims(app->model)->n_layers;
     const size_t rows = t ? (size_t)t->fact.n_tokens : TRACE_GROUPS;
     const char *words[TRACE_KINDS];
@@ -9170,10 +9270,12 @@ static patch_status trace_kinds(const App *app, int *kinds, patch_error *e) {
     for (*kinds = 0; *list != 0; list += *list == ',') {
         const size_t n = strcspn(list, ",");
 
-        for (k = 0; k < TRACE_KINDS && (strlen(TRACES[k]) != n || memcmp(TRACES[k], list, n) != 0); k++)
+        for (k = 0; k < TRACE_KINDS && (strlen(TRACES[k]) != n || memcmp(TRACES[k], list, n) != 0);
+             k++)
             continue;
         if (k == TRACE_KINDS)
-            return fail(e, PATCH_E_USAGE, "--kind", "unknown kind %.*s; choose resid, mlp or attn", (int)n, list);
+            return fail(e, PATCH_E_USAGE, "--kind", "unknown kind %.*s; choose resid, mlp or attn",
+                        (int)n, list);
         *kinds |= 1 << k;
         list += n;
     }
@@ -9191,6 +9293,7 @@ static patch_status cmd_trace(App *app, patch_error *e) {
     TRY(read_facts(app, &f, e));
     TRY(patch_trace_sigma(app->model, f.subject_ids, f.n_subject_ids, app->noise, &o.sigma, e));
     o.kinds = f.kinds;
+    f.sigma = o.sigma;
     for (i = 0; i < f.n; i++) {
         TracedFact *t = &f.facts[i];
 
@@ -9201,12 +9304,14 @@ static patch_status cmd_trace(App *app, patch_error *e) {
         known++;
         last = i;
         if (is_terminal(2) && f.n > 1)
-            fprintf(stderr, i + 1 < f.n ? "\r%lu of %lu facts\x1b[K" : "\r\x1b[K", (unsigned long)(i + 1),
-                    (unsigned long)f.n);
+            fprintf(stderr, i + 1 < f.n ? "\r%lu of %lu facts\x1b[K" : "\r\x1b[K",
+                    (unsigned long)(i + 1), (unsigned long)f.n);
     }
     if (known == 0)
-        return fail(e, PATCH_E_INPUT, f.tsv.path, "the model knows none of the %lu facts; leave their "
-                    "attribute empty or give others", (unsigned long)f.n);
+        return fail(e, PATCH_E_INPUT, f.tsv.path,
+                    "the model knows none of the %lu facts; leave their "
+                    "attribute empty or give others",
+                    (unsigned long)f.n);
     TRY(trace_table(app, &f, f.n == 1 ? &f.facts[last] : NULL, &table, e));
     for (i = 0; i < app->outputs.n; i++) {
         const char *path = app->outputs.items[i], *dot = strrchr(path, '.');
@@ -9214,7 +9319,8 @@ static patch_status cmd_trace(App *app, patch_error *e) {
         if (dot != NULL && strcmp(dot, ".json") == 0)
             TRY(write_trace_json(app, &f, path, e));
         else if (dot != NULL && strcmp(dot, ".npy") == 0 && f.n > 1)
-            return fail(e, PATCH_E_INPUT, path, ".npy holds one fact, not %lu; write .json", (unsigned long)f.n);
+            return fail(e, PATCH_E_INPUT, path, ".npy holds one fact, not %lu; write .json",
+                        (unsigned long)f.n);
         else
             TRY(write_tables(path, app->command->formats, &table, 1, e));
     }
@@ -9230,7 +9336,8 @@ enum { PAGE_PROMPTS = 8, PAGE_HEADS = 144 }; /* at most so many in a page's atte
 /* Patterns of the first clean prompts and of these heads, for the viewer. */
 static patch_status take_attention(App *app, const Prompts *p, const patch_cell *heads, size_t n,
                                    Page *page, patch_error *e) {
-    const size_t H = (size_t)patch_model_dims(app->model)->n_heads, T = (size_t)p->examples[0].n_tokens;
+    const size_t H = (size_t)patch_model_dims(app->model)->n_heads,
+                 T = (size_t)p->examples[0].n_tokens;
     const size_t B = p->n < PAGE_PROMPTS ? p->n : PAGE_PROMPTS;
     float *attention, *layer_rows;
     const char **tokens;
@@ -9272,8 +9379,8 @@ static patch_status take_attention(App *app, const Prompts *p, const patch_cell 
 }
 
 /* One page: settings, every prompt's logit difference, tables, attention. */
-static patch_status write_page(App *app, const Prompts *p, const char *title, const Table *tables, size_t n,
-                               const char *path, patch_error *e) {
+static patch_status write_page(App *app, const Prompts *p, const char *title, const Table *tables,
+                               size_t n, const char *path, patch_error *e) {
     const size_t every = (size_t)patch_model_dims(app->model)->n_layers *
                          (size_t)patch_model_dims(app->model)->n_heads;
     patch_cell *heads = NULL;
@@ -9342,8 +9449,8 @@ static patch_status give_page_or_tables(App *app, const Prompts *p, const Table 
 }
 
 /* ---- 13.11 Part files of sweeps: resuming, shards, merge --------------------------------------
-   The head of a part file holds, in lines, all that a sweep's values depend on, and behind an empty line
-   the tables without their values, so that `merge` needs neither model nor prompts. */
+   The head of a part file holds, in lines, all that a sweep's values depend on, and behind an empty
+   line the tables without their values, so that `merge` needs neither model nor prompts. */
 
 /* A string that grows; once memory is out, `failed` is set and nothing more happens. */
 typedef struct Text {
@@ -9445,8 +9552,8 @@ static size_t get_count(Reader *r, size_t most) {
     size_t n = 0;
     const size_t used = parse_digits(r->at, (size_t)(r->end - r->at), &n);
 
-    if (r->bad || used == 0 || r->at + used >= r->end || (r->at[used] != ',' && r->at[used] != ':') ||
-        n > most) {
+    if (r->bad || used == 0 || r->at + used >= r->end ||
+        (r->at[used] != ',' && r->at[used] != ':') || n > most) {
         r->bad = 1;
         return 0;
     }
@@ -9463,7 +9570,8 @@ static char *get_string(Reader *r) {
         return NULL;
     }
     n = get_count(r, (size_t)(r->end - r->at));
-    if (r->bad || n >= (size_t)(r->end - r->at) || (s = pool_take(&r->app->pool, n + 1, 1)) == NULL) {
+    if (r->bad || n >= (size_t)(r->end - r->at) ||
+        (s = pool_take(&r->app->pool, n + 1, 1)) == NULL) {
         r->bad = 1;
         return NULL;
     }
@@ -9526,7 +9634,8 @@ static void get_table(Reader *r, Table *t, const size_t **slots, size_t n_cells)
     t->token_bytes = pool_take(&r->app->pool, t->n_tokens, sizeof *t->token_bytes);
     r->bad |= t->tokens == NULL || t->token_bytes == NULL;
     for (i = 0; i < t->n_tokens && !r->bad; i++)
-        ((const char **)(uintptr_t)t->tokens)[i] = get_token(r, &((size_t *)(uintptr_t)t->token_bytes)[i]);
+        ((const char **)(uintptr_t)t->tokens)[i] =
+            get_token(r, &((size_t *)(uintptr_t)t->token_bytes)[i]);
     r->bad |= get_count(r, left) != n || n > left;
     slot = r->bad ? NULL : pool_take(&r->app->pool, n, sizeof *slot);
     for (i = 0; slot != NULL && i < n; i++)
@@ -9536,8 +9645,8 @@ static void get_table(Reader *r, Table *t, const size_t **slots, size_t n_cells)
 }
 
 /* The tables' values from all items' and the unpatched ones. */
-static patch_status fill_tables(App *app, Skeleton *k, const double *values, const double *unpatched,
-                                patch_error *e) {
+static patch_status fill_tables(App *app, Skeleton *k, const double *values,
+                                const double *unpatched, patch_error *e) {
     const double clean = mean_of(unpatched, k->n, 2), corrupted = mean_of(unpatched + 1, k->n, 2);
     const double zero = k->noising ? clean : corrupted;
     size_t i, b, c;
@@ -9566,8 +9675,8 @@ static patch_status fill_tables(App *app, Skeleton *k, const double *values, con
 }
 
 /* The head of a part file: settings by line, then the skeleton. */
-static patch_status part_head(App *app, const Skeleton *k, const Prompts *p, const char *shard, Text *text,
-                              patch_error *e) {
+static patch_status part_head(App *app, const Skeleton *k, const Prompts *p, const char *shard,
+                              Text *text, patch_error *e) {
     const ModelFile *f = &app->model->file;
     Sha256 h;
     char prompts[65], model[65], length[11];
@@ -9584,14 +9693,16 @@ static patch_status part_head(App *app, const Skeleton *k, const Prompts *p, con
     }
     sha256_end(&h, prompts);
     sha256_begin(&h);
-    sha256_add(&h, f->front, f->tokenizer_at + f->tokenizer_bytes); /* holds every tensor's checksum */
+    sha256_add(&h, f->front,
+               f->tokenizer_at + f->tokenizer_bytes); /* holds every tensor's checksum */
     sha256_end(&h, model);
-    text_add(text, "actpatch part 1\nhead: 0000000000\nshard: %s\nsweeps: %s\nmetric: %s\nnoising: %d\n"
+    text_add(text,
+             "actpatch part 1\nhead: 0000000000\nshard: %s\nsweeps: %s\nmetric: %s\nnoising: %d\n"
              "normalize: %d\nper-prompt: %d\nsettings: %s\nkernels: %s\nmodel: %s\nprompts: %s\n"
-             "examples: %lu\ncells: %lu\ntables: %lu\n\n", shard, app->sweeps, METRICS[app->metric],
-             k->noising, k->normalize, k->per_prompt, k->tables[0].json_settings,
-             patch_model_dims(app->model)->kernels, model, prompts, (unsigned long)k->n,
-             (unsigned long)k->n_cells, (unsigned long)k->n_tables);
+             "examples: %lu\ncells: %lu\ntables: %lu\n\n",
+             shard, app->sweeps, METRICS[app->metric], k->noising, k->normalize, k->per_prompt,
+             k->tables[0].json_settings, patch_model_dims(app->model)->kernels, model, prompts,
+             (unsigned long)k->n, (unsigned long)k->n_cells, (unsigned long)k->n_tables);
     for (i = 0; i < k->n_tables; i++)
         put_table(text, &k->tables[i], k->slots[i]);
     snprintf(length, sizeof length, "%010lu", (unsigned long)text->length);
@@ -9601,14 +9712,16 @@ static patch_status part_head(App *app, const Skeleton *k, const Prompts *p, con
 }
 
 /* I/N of --shard: items first .. end - 1 of all. */
-static patch_status shard_range(const App *app, size_t items, size_t *first, size_t *end, patch_error *e) {
+static patch_status shard_range(const App *app, size_t items, size_t *first, size_t *end,
+                                patch_error *e) {
     size_t i = 1, n = 1, used;
 
     if (app->shard != NULL) {
         used = parse_digits(app->shard, strlen(app->shard), &i);
-        if (used == 0 || app->shard[used] != '/' || !parse_size(app->shard + used + 1, 0, &n) || i < 1 || i > n ||
-            n > 1000000)
-            return fail(e, PATCH_E_USAGE, "--shard", "%.40s is no shard; give I/N with I from 1 to N", app->shard);
+        if (used == 0 || app->shard[used] != '/' || !parse_size(app->shard + used + 1, 0, &n) ||
+            i < 1 || i > n || n > 1000000)
+            return fail(e, PATCH_E_USAGE, "--shard",
+                        "%.40s is no shard; give I/N with I from 1 to N", app->shard);
     }
     *first = items / n * (i - 1) + (items % n < i - 1 ? items % n : i - 1);
     *end = *first + items / n + (i <= items % n);
@@ -9622,22 +9735,26 @@ typedef struct Progress {
     double started;
 } Progress;
 
-/* patch_cells_options.done: append to the part file; after a second show cells, rate and time left. */
-static patch_status sweep_progress(void *ctx, size_t first, size_t n, const double *values, patch_error *e) {
+/* patch_cells_options.done: append to the part file; after a second show cells, rate and time left.
+   */
+static patch_status sweep_progress(void *ctx, size_t first, size_t n, const double *values,
+                                   patch_error *e) {
     Progress *p = ctx;
     const double seconds = now() - p->started;
 
     p->done += n;
     if (is_terminal(2) && seconds > 1)
-        fprintf(stderr, p->done < p->all ? "\r%lu of %lu cells, %.0f a second, %.0f s left\x1b[K" : "\r\x1b[K",
+        fprintf(stderr,
+                p->done < p->all ? "\r%lu of %lu cells, %.0f a second, %.0f s left\x1b[K"
+                                 : "\r\x1b[K",
                 (unsigned long)p->done, (unsigned long)p->all, (double)p->done / seconds,
                 (double)(p->all - p->done) * seconds / (double)p->done);
     return p->part ? part_append(p->part, first, n, values, e) : PATCH_OK;
 }
 
 /* Compute the items first .. end - 1 that the part does not have yet. */
-static patch_status compute_items(App *app, Sweeps *s, const Prompts *p, Part *part, int with_file, size_t first,
-                                  size_t end, patch_stats *stats, patch_error *e) {
+static patch_status compute_items(App *app, Sweeps *s, const Prompts *p, Part *part, int with_file,
+                                  size_t first, size_t end, patch_stats *stats, patch_error *e) {
     patch_cells_options o = {0};
     Progress progress;
     size_t at, next;
@@ -9660,14 +9777,15 @@ static patch_status compute_items(App *app, Sweeps *s, const Prompts *p, Part *p
         o.first = at;
         o.count = next - at;
         if (!part->have[at])
-            TRY(patch_cells(app->model, p->examples, p->n, s->cells, s->n_cells, &o, part->values, stats, e));
+            TRY(patch_cells(app->model, p->examples, p->n, s->cells, s->n_cells, &o, part->values,
+                            stats, e));
     }
     return PATCH_OK;
 }
 
 /* The tables of the sweeps without their values. */
-static patch_status sweep_skeleton(App *app, const Sweeps *s, const Prompts *p, const Common *c, Skeleton *k,
-                                   patch_error *e) {
+static patch_status sweep_skeleton(App *app, const Sweeps *s, const Prompts *p, const Common *c,
+                                   Skeleton *k, patch_error *e) {
     size_t i;
     int a;
 
@@ -9712,7 +9830,8 @@ static patch_status cmd_patch(App *app, patch_error *e) {
     patch_status status;
 
     if (app->shard != NULL && (!with_file || app->stats))
-        return fail(e, PATCH_E_USAGE, "--shard", "a shard goes into FILE.part, without --stats or --brute; give -o FILE");
+        return fail(e, PATCH_E_USAGE, "--shard",
+                    "a shard goes into FILE.part, without --stats or --brute; give -o FILE");
     TRY(prompts_read(app, app->operands.items[0],
                      NEEDS(CLEAN) | NEEDS(CORRUPTED) | metric_needs(app->metric), 0, 1, &p, e));
     TRY(plan_sweeps(app, &s, p.examples[0].n_tokens, e));
@@ -9739,7 +9858,10 @@ static patch_status cmd_patch(App *app, patch_error *e) {
     }
     status = compute_items(app, &s, &p, &part, with_file, first, end, &stats, e);
     if (status != PATCH_OK || app->shard != NULL) {
-        part_close(&part, 0);
+        for (i = 0; i < part.n_items && !part.have[i]; i++)
+            continue;
+        part_close(&part,
+                   with_file && status != PATCH_OK && i == part.n_items); /* nothing is lost */
         return status;
     }
     if (app->stats) {
@@ -9748,13 +9870,7 @@ static patch_status cmd_patch(App *app, patch_error *e) {
             k.tables[i].json_stats = c.table.json_stats;
     }
     TRY(fill_tables(app, &k, part.values, part.unpatched, e));
-    if (app->normalize && k.tables[0].clean == k.tables[0].corrupted) {
-        patch_error w;
-
-        fail(&w, PATCH_OK, "--normalize", "clean and corrupted mean are both %.9g, so values are nan or "
-             "infinite; choose other prompts or another metric", k.tables[0].clean);
-        print_message("warning: ", &w);
-    }
+    warn_no_difference(app, k.tables[0].clean, k.tables[0].corrupted);
     status = give_page_or_tables(app, &p, k.tables, k.n_tables, e);
     part_close(&part, with_file && status == PATCH_OK);
     if (app->stats && status == PATCH_OK)
@@ -9773,8 +9889,8 @@ static size_t head_count(const char *head, const char *key) {
 }
 
 /* The first part's head becomes the skeleton. */
-static patch_status read_skeleton(App *app, Skeleton *k, const char *path, const char *head, const char *body,
-                                  const char *end, patch_error *e) {
+static patch_status read_skeleton(App *app, Skeleton *k, const char *path, const char *head,
+                                  const char *body, const char *end, patch_error *e) {
     Reader r = {NULL, NULL, NULL, 0};
     size_t i;
 
@@ -9797,8 +9913,10 @@ static patch_status read_skeleton(App *app, Skeleton *k, const char *path, const
     for (i = 0; i < k->n_tables && !r.bad; i++) {
         const size_t rows = k->per_prompt ? k->n : 1;
 
-        r.bad |= k->tables[i].rank < 1 || k->tables[i].name == NULL || k->tables[i].command == NULL ||
-                 (k->per_prompt && k->tables[i].axis[0].size != k->n) || table_size(&k->tables[i]) % rows != 0;
+        r.bad |= k->tables[i].rank < 1 || k->tables[i].name == NULL ||
+                 k->tables[i].command == NULL ||
+                 (k->per_prompt && k->tables[i].axis[0].size != k->n) ||
+                 table_size(&k->tables[i]) % rows != 0;
     }
     if (r.bad)
         return fail(e, PATCH_E_FORMAT, path, "the head is damaged; make this part again");
@@ -9823,8 +9941,10 @@ static patch_status cmd_merge(App *app, patch_error *e) {
                         strerror(errno));
         if (n > PART_SHARD && memcmp(text, "actpatch part 1\nhead: ", PART_LENGTH) == 0)
             parse_digits(text + PART_LENGTH, 10, &n_head);
-        if (n_head < PART_SHARD || n_head > n || (body = strstr(text, "\n\n")) == NULL || body > text + n_head)
-            return fail(e, PATCH_E_FORMAT, path, "no part of a sweep; give files that --shard left");
+        if (n_head < PART_SHARD || n_head > n || (body = strstr(text, "\n\n")) == NULL ||
+            body > text + n_head)
+            return fail(e, PATCH_E_FORMAT, path,
+                        "no part of a sweep; give files that --shard left");
         settings = text + PART_SHARD + strcspn(text + PART_SHARD, "\n");
         n_settings = (size_t)(text + n_head - settings);
         if (i == 0) {
@@ -9846,8 +9966,10 @@ static patch_status cmd_merge(App *app, patch_error *e) {
     for (j = 0; j < p.n_items && p.have[j]; j++)
         continue;
     if (j < p.n_items)
-        return fail(e, PATCH_E_INPUT, "merge", "item %lu of %lu is in none of the parts; give all shards, and run "
-                    "unfinished ones again", (unsigned long)j, (unsigned long)p.n_items);
+        return fail(e, PATCH_E_INPUT, "merge",
+                    "item %lu of %lu is in none of the parts; give all shards, and run "
+                    "unfinished ones again",
+                    (unsigned long)j, (unsigned long)p.n_items);
     TRY(fill_tables(app, &k, p.values, p.unpatched, e));
     return give_tables(app, k.tables, k.n_tables, e);
 }
@@ -9855,8 +9977,8 @@ static patch_status cmd_merge(App *app, patch_error *e) {
 /* ---- 13.12 Command: report ---- */
 
 /* A named sweep in one direction, normalized, as a table. */
-static patch_status report_sweep(App *app, const Prompts *p, const char *name, int noising, Table *t,
-                                 patch_error *e) {
+static patch_status report_sweep(App *app, const Prompts *p, const char *name, int noising,
+                                 Table *t, patch_error *e) {
     Sweeps s = {0};
     Skeleton k = {0};
     Part part = {0};
@@ -9988,13 +10110,14 @@ static const Command COMMANDS[] = {
     {"path", "PROMPTS", "path patching from every head",
      "Gives [layer,head]: the metric where one head's output reaches the receivers as\n"
      "in the other prompt, and every other head's output is held.\n",
-     ON_MODEL | ON_TEXT | ON_METRIC | ON_SWEEP | ON_SHOWN | ON_EACH | ON_OUTPUT | ON_PATH, 1, 1, NULL,
-     FORMATS, 0, cmd_path},
+     ON_MODEL | ON_TEXT | ON_METRIC | ON_SWEEP | ON_SHOWN | ON_EACH | ON_OUTPUT | ON_PATH, 1, 1,
+     NULL, FORMATS, 0, cmd_path},
     {"ablate", "PROMPTS", "the metric without a part of the model",
      "Runs the clean prompts with one cell of a site replaced (shaped as that sweep), or\n"
      "with all --heads replaced at once. --normalize: minus the unablated metric.\n",
-     ON_MODEL | ON_TEXT | ON_METRIC | ON_SHOWN | ON_EACH | ON_OUTPUT | ON_ABLATE | ON_HEADS | ON_SEED, 1,
-     1, NULL, FORMATS, 0, cmd_ablate},
+     ON_MODEL | ON_TEXT | ON_METRIC | ON_SHOWN | ON_EACH | ON_OUTPUT | ON_ABLATE | ON_HEADS |
+         ON_SEED,
+     1, 1, NULL, FORMATS, 0, cmd_ablate},
     {"trace", "FACTS", "causal tracing, as Meng et al. do it",
      "FACTS is a TSV file with columns prompt, subject and attribute (may be empty).\n"
      ".json holds every fact, .npy [kind,T,layer] of one fact; pictures show one fact or\n"

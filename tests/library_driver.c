@@ -2,8 +2,10 @@
 /* A program that uses patch.h as any other would: for test_library.py.
 
        library_driver digests MODEL HOW FOLDER    what every function gives, a line each
-       library_driver failures MODEL FOLDER       every allocation of every function fails in turn
-       library_driver errors MODEL TEXT_MODEL PART FOLDER   wrong arguments: status, place, remedy, no leak
+       library_driver failures MODEL ONLY FOLDER  every allocation of every function fails in turn; ONLY: all,
+                                                  or the functions' names
+       library_driver errors MODEL TEXT_MODEL PART FOLDER   wrong arguments: status, place, remedy, no leak;
+                                                  PART: core, analyses or subjects
        library_driver sizes TEXT_MODEL            buffers that are too small
        library_driver threads MODEL               two threads use one model at once
 
@@ -156,13 +158,16 @@ static void feed_dims(Digest *d, const patch_dims *x) {
     feed(d, &x->eps, sizeof x->eps);
 }
 
-/* The functions, one by one: results go into the digest. */
-typedef patch_status (*Action)(World *w, Digest *d, patch_error *e);
+/* The functions, one by one: results go into the digest. `which`: a metric or the like. */
+typedef patch_status (*Action)(World *w, int which, Digest *d, patch_error *e);
 
-static patch_status act_open(World *w, Digest *d, patch_error *e) {
+static patch_status act_open(World *w, int refactor, Digest *d, patch_error *e) {
     patch_model *m = w->model; /* anything but NULL */
-    const patch_status s = patch_model_open(w->path, &w->options, &m, e);
+    patch_options o = w->options;
+    patch_status s;
 
+    o.refactor_factored_attn_matrices = refactor;
+    s = patch_model_open(w->path, &o, &m, e);
     if (s == PATCH_OK)
         feed_dims(d, patch_model_dims(m));
     else
@@ -171,20 +176,11 @@ static patch_status act_open(World *w, Digest *d, patch_error *e) {
     return s;
 }
 
-static patch_status act_open_refactored(World *w, Digest *d, patch_error *e) {
-    const patch_options o = w->options;
-    patch_status s;
-
-    w->options.refactor_factored_attn_matrices = 1;
-    s = act_open(w, d, e);
-    w->options = o;
-    return s;
-}
-
-static patch_status act_from_memory(World *w, Digest *d, patch_error *e) {
+static patch_status act_from_memory(World *w, int which, Digest *d, patch_error *e) {
     patch_model *m = w->model;
     const patch_status s = patch_model_from_memory(w->bytes, w->n, &w->options, &m, e);
 
+    (void)which;
     if (s == PATCH_OK)
         feed_dims(d, patch_model_dims(m));
     else
@@ -193,15 +189,16 @@ static patch_status act_from_memory(World *w, Digest *d, patch_error *e) {
     return s;
 }
 
-static patch_status act_verify(World *w, Digest *d, patch_error *e) {
-    (void)d;
+static patch_status act_verify(World *w, int which, Digest *d, patch_error *e) {
+    (void)which, (void)d;
     return patch_model_verify(w->model, e);
 }
 
-static patch_status act_sha256(World *w, Digest *d, patch_error *e) {
+static patch_status act_sha256(World *w, int which, Digest *d, patch_error *e) {
     char hex[65] = "";
     const patch_status s = patch_model_sha256(w->model, hex, e);
 
+    (void)which;
     if (s == PATCH_OK)
         feed(d, hex, sizeof hex);
     return s;
@@ -220,12 +217,13 @@ static int files_in(const char *folder) {
     return n;
 }
 
-static patch_status act_fold(World *w, Digest *d, patch_error *e) {
+static patch_status act_fold(World *w, int which, Digest *d, patch_error *e) {
     char path[4096], piece[4096];
     size_t n = 1;
     patch_status s;
     FILE *f;
 
+    (void)which;
     snprintf(path, sizeof path, "%s/folded.bin", w->folder);
     s = patch_model_fold(w->model, path, e);
     check(files_in(w->folder) == (s == PATCH_OK), "fold: status %d and %d files", (int)s, files_in(w->folder));
@@ -240,13 +238,14 @@ static patch_status act_fold(World *w, Digest *d, patch_error *e) {
     return s;
 }
 
-static patch_status act_encode(World *w, Digest *d, patch_error *e) {
+static patch_status act_encode(World *w, int which, Digest *d, patch_error *e) {
     static const char text[] = "When John and Mary went, it's 42 naturally<|endoftext|>  \xff.";
     int ids[64];
     size_t n = 0;
     char back[64];
     patch_status s;
 
+    (void)which;
     if (patch_token(w->model, 0, &n) == NULL)
         return PATCH_OK; /* no tokenizer */
     s = patch_encode(w->model, text, sizeof text - 1, 1, ids, 64, &n, e);
@@ -259,7 +258,7 @@ static patch_status act_encode(World *w, Digest *d, patch_error *e) {
     return s;
 }
 
-static patch_status act_execute(World *w, Digest *d, patch_error *e) {
+static patch_status act_execute(World *w, int which, Digest *d, patch_error *e) {
     static const float values[3] = {0.5f, -0.25f, 0.125f};
     enum { READS = 5 };
     const patch_dims *x = patch_model_dims(w->model);
@@ -271,6 +270,7 @@ static patch_status act_execute(World *w, Digest *d, patch_error *e) {
     patch_status s;
     int i;
 
+    (void)which;
     memset(edits, 0, sizeof edits);
     memset(reads, 0, sizeof reads);
     memset(&stats, 0, sizeof stats);
@@ -313,13 +313,14 @@ static patch_status act_execute(World *w, Digest *d, patch_error *e) {
     return s;
 }
 
-static patch_status act_logits(World *w, Digest *d, patch_error *e) {
+static patch_status act_logits(World *w, int which, Digest *d, patch_error *e) {
     const patch_dims *x = patch_model_dims(w->model);
     const size_t n = 3, C = (size_t)x->d_model, V = (size_t)x->d_vocab;
     float *rows = room(n * C, sizeof *rows), *logits = room(n * V, sizeof *logits);
     patch_status s;
     size_t i;
 
+    (void)which;
     for (i = 0; i < n * C; i++)
         rows[i] = (float)((i * 2654435761u >> 7) % 1000) / 500.0f - 1.0f;
     s = patch_logits(w->model, rows, n, logits, e);
@@ -330,12 +331,13 @@ static patch_status act_logits(World *w, Digest *d, patch_error *e) {
     return s;
 }
 
-static patch_status act_cache(World *w, Digest *d, patch_error *e) {
+static patch_status act_cache(World *w, int which, Digest *d, patch_error *e) {
     static const char *const globs[] = {"*.hook_q", "*1.attn.hook_pattern", "*hook_result", "ln_final*"};
     patch_cache *cache = (patch_cache *)(void *)w; /* anything but NULL */
     size_t needed = 0, i, k, n;
     const patch_status s = patch_run_with_cache(w->model, w->tokens[0], 2 * B, T, globs, 4, &needed, &cache, e);
 
+    (void)which;
     if (s != PATCH_OK) {
         check(cache == NULL, "cache: not NULL after an error");
         return s;
@@ -353,34 +355,33 @@ static patch_status act_cache(World *w, Digest *d, patch_error *e) {
     return s;
 }
 
-static patch_status act_measure(World *w, Digest *d, patch_error *e) {
+static patch_status act_measure(World *w, int metric, Digest *d, patch_error *e) {
     double out[2 * B];
-    patch_status s = PATCH_OK;
-    int metric;
+    const patch_status s = patch_measure(w->model, w->x, B, (patch_metric)metric, out, NULL, e);
 
-    for (metric = 0; s == PATCH_OK && metric <= PATCH_RANK; metric++) {
-        s = patch_measure(w->model, w->x, B, (patch_metric)metric, out, NULL, e);
-        if (s == PATCH_OK)
-            feed(d, out, sizeof out);
-    }
+    if (s == PATCH_OK)
+        feed(d, out, sizeof out);
     return s;
 }
 
-static patch_status sweep(World *w, Digest *d, patch_error *e, patch_metric metric, int brute, const char *name) {
+/* The cells of a sweep but the first two: brute ones of one example, 2 of them. */
+static patch_status sweep(World *w, const char *name, patch_metric metric, int brute, Digest *d, patch_error *e) {
+    const size_t n = brute ? 1 : B;
     patch_cells_options o;
     patch_shape shape;
     patch_cell *cells;
     double *values;
     patch_status s = patch_sweep_cells(w->model, name, T, &shape, NULL, e);
-    size_t n = brute ? 1 : B;
 
     if (s != PATCH_OK)
         return s;
     cells = room(shape.n_cells, sizeof *cells);
-    values = room(B * shape.n_cells, sizeof *values);
+    values = room(n * shape.n_cells, sizeof *values);
     memset(&o, 0, sizeof o);
     o.metric = metric;
     o.brute = brute;
+    o.first = 2;
+    o.count = brute ? 2 : 0;
     s = patch_sweep_cells(w->model, name, T, &shape, cells, e);
     if (s == PATCH_OK)
         s = patch_cells(w->model, w->x, n, cells, shape.n_cells, &o, values, NULL, e);
@@ -391,38 +392,43 @@ static patch_status sweep(World *w, Digest *d, patch_error *e, patch_metric metr
     return s;
 }
 
-static patch_status act_cells(World *w, Digest *d, patch_error *e) {
-    return sweep(w, d, e, PATCH_LOGIT_DIFF, 0, "attn_head_v_by_pos");
+static patch_status act_cells(World *w, int metric, Digest *d, patch_error *e) {
+    return sweep(w, "attn_head_v_by_pos", (patch_metric)metric, 0, d, e);
 }
 
-static patch_status act_cells_kl(World *w, Digest *d, patch_error *e) {
-    return sweep(w, d, e, PATCH_KL, 0, "resid_pre");
+static patch_status act_brute(World *w, int metric, Digest *d, patch_error *e) {
+    return sweep(w, "attn_head_pattern_by_pos", (patch_metric)metric, 1, d, e);
 }
 
-static patch_status act_cells_brute(World *w, Digest *d, patch_error *e) {
-    return sweep(w, d, e, PATCH_LOGPROB, 1, "attn_head_pattern_all_pos");
+static patch_status act_sigma(World *w, int noise, Digest *d, patch_error *e) {
+    double sigma = 0;
+    const patch_status s = patch_trace_sigma(w->model, w->tokens[0], T, noise, &sigma, e);
+
+    if (s == PATCH_OK)
+        feed(d, &sigma, sizeof sigma);
+    return s;
 }
 
-static patch_status act_trace(World *w, Digest *d, patch_error *e) {
+static patch_status act_trace(World *w, int kinds, Digest *d, patch_error *e) {
     const size_t n = 3 * T * (size_t)patch_model_dims(w->model)->n_layers;
-    double sigma = 0, high = 0, low = 0, *cells = room(n, sizeof *cells);
+    double high = 0, low = 0, *cells = room(n, sizeof *cells);
     patch_trace_options o;
     patch_fact fact;
-    patch_status s = patch_trace_sigma(w->model, w->tokens[0], T, 3, &sigma, e);
+    patch_status s;
 
     memset(&o, 0, sizeof o);
     o.samples = 2;
     o.window = 2;
-    o.kinds = 7;
-    o.sigma = sigma;
+    o.kinds = kinds;
+    o.severed = kinds != 1;
+    o.sigma = 0.5;
     o.metric = PATCH_PROB;
     fact.tokens = w->tokens[0];
     fact.n_tokens = T;
     fact.begin = 1;
     fact.end = 3;
     fact.answer = 1;
-    if (s == PATCH_OK)
-        s = patch_trace(w->model, &fact, &o, &high, &low, cells, NULL, e);
+    s = patch_trace(w->model, &fact, &o, &high, &low, cells, NULL, e);
     if (s == PATCH_OK) {
         feed(d, cells, n * sizeof *cells);
         feed(d, &high, sizeof high);
@@ -432,14 +438,14 @@ static patch_status act_trace(World *w, Digest *d, patch_error *e) {
     return s;
 }
 
-static patch_status act_ablate(World *w, Digest *d, patch_error *e) {
+static patch_status act_ablate(World *w, int by, Digest *d, patch_error *e) {
     static const int partner[B] = {1, 2, 0};
     enum { CELLS = 4 };
     const size_t sets[] = {0, 1, 4};
     patch_cell cells[CELLS];
     patch_ablation o;
     double values[2 * B], unpatched[B];
-    patch_status s = PATCH_OK;
+    patch_status s;
     int i;
 
     memset(&o, 0, sizeof o);
@@ -449,22 +455,20 @@ static patch_status act_ablate(World *w, Digest *d, patch_error *e) {
         cells[i].pos = i - 1;
         cells[i].src = -1;
     }
+    o.by = (patch_by)by;
     o.n_groups = 1;
     o.partner = partner;
     o.noise = 1;
     o.seed = 4;
-    for (i = PATCH_BY_ZERO; s == PATCH_OK && i <= PATCH_BY_NOISE; i++) {
-        o.by = (patch_by)i;
-        s = patch_ablate(w->model, w->x, B, cells, sets, 2, &o, values, unpatched, NULL, e);
-        if (s == PATCH_OK) {
-            feed(d, values, sizeof values);
-            feed(d, unpatched, sizeof unpatched);
-        }
+    s = patch_ablate(w->model, w->x, B, cells, sets, 2, &o, values, unpatched, NULL, e);
+    if (s == PATCH_OK) {
+        feed(d, values, sizeof values);
+        feed(d, unpatched, sizeof unpatched);
     }
     return s;
 }
 
-static patch_status act_paths(World *w, Digest *d, patch_error *e) {
+static patch_status act_paths(World *w, int receivers, Digest *d, patch_error *e) {
     const patch_dims *x = patch_model_dims(w->model);
     const size_t n = B * (size_t)(x->n_layers * x->n_heads);
     double *values = room(n, sizeof *values), unpatched[2 * B];
@@ -477,27 +481,26 @@ static patch_status act_paths(World *w, Digest *d, patch_error *e) {
     receiver.hook = PATCH_K;
     receiver.layer = x->n_layers - 1;
     receiver.pos = receiver.src = -1;
+    o.receivers = &receiver;
+    o.n_receivers = (size_t)receivers;
+    o.freeze_mlps = receivers;
     s = patch_paths(w->model, w->x, B, &o, values, unpatched, NULL, e);
     if (s == PATCH_OK) {
         feed(d, values, n * sizeof *values);
-        o.receivers = &receiver;
-        o.n_receivers = 1;
-        o.freeze_mlps = 1;
-        s = patch_paths(w->model, w->x, B, &o, values, unpatched, NULL, e);
+        feed(d, unpatched, sizeof unpatched);
     }
-    if (s == PATCH_OK)
-        feed(d, values, n * sizeof *values);
     free(values);
     return s;
 }
 
-static patch_status act_lens(World *w, Digest *d, patch_error *e) {
+static patch_status act_lens(World *w, int which, Digest *d, patch_error *e) {
     const patch_dims *x = patch_model_dims(w->model);
     const size_t L = (size_t)x->n_layers, H = (size_t)x->n_heads, n = B * (3 * (2 * L + 2) + L * H + 1 + 2);
     double *all = room(n, sizeof *all);
     patch_lens out;
     patch_status s;
 
+    (void)which;
     out.accumulated = all;
     out.lens = out.accumulated + B * (2 * L + 1);
     out.layers = out.lens + B * (2 * L + 1);
@@ -511,12 +514,13 @@ static patch_status act_lens(World *w, Digest *d, patch_error *e) {
     return s;
 }
 
-static patch_status act_heads(World *w, Digest *d, patch_error *e) {
+static patch_status act_heads(World *w, int which, Digest *d, patch_error *e) {
     const patch_dims *x = patch_model_dims(w->model);
     const size_t n = 3 * (size_t)(x->n_layers * x->n_heads);
     double *scores = room(n, sizeof *scores);
     const patch_status s = patch_head_kinds(w->model, w->tokens[1], T, scores, e);
 
+    (void)which;
     if (s == PATCH_OK)
         feed(d, scores, n * sizeof *scores);
     free(scores);
@@ -526,29 +530,37 @@ static patch_status act_heads(World *w, Digest *d, patch_error *e) {
 static const struct {
     const char *name;
     Action act;
+    int which;
     int retries; /* it may go on with less memory, in smaller groups: then to the same end */
     int of_file; /* it depends on more than the weights */
-    int writes;  /* files, so not for two threads at once */
+    int alone;   /* it writes files or takes long: not for two threads */
 } actions[] = {
-    {"open", act_open, 0, 1, 0},
-    {"open_refactored", act_open_refactored, 0, 1, 0},
-    {"from_memory", act_from_memory, 0, 1, 0},
-    {"verify", act_verify, 0, 1, 0},
-    {"sha256", act_sha256, 0, 1, 0},
-    {"fold", act_fold, 0, 1, 1},
-    {"encode", act_encode, 0, 0, 0},
-    {"execute", act_execute, 0, 0, 0},
-    {"logits", act_logits, 0, 0, 0},
-    {"cache", act_cache, 0, 0, 0},
-    {"measure", act_measure, 1, 0, 0},
-    {"cells", act_cells, 1, 0, 0},
-    {"cells_kl", act_cells_kl, 1, 0, 0},
-    {"cells_brute", act_cells_brute, 0, 0, 0},
-    {"trace", act_trace, 1, 0, 0},
-    {"ablate", act_ablate, 1, 0, 0},
-    {"paths", act_paths, 1, 0, 0},
-    {"lens", act_lens, 0, 0, 0},
-    {"heads", act_heads, 0, 0, 0},
+    {"open", act_open, 0, 0, 1, 0},
+    {"open, refactored", act_open, 1, 0, 1, 1},
+    {"from memory", act_from_memory, 0, 0, 1, 0},
+    {"verify", act_verify, 0, 0, 1, 0},
+    {"sha256", act_sha256, 0, 0, 1, 0},
+    {"fold", act_fold, 0, 0, 1, 1},
+    {"encode", act_encode, 0, 0, 0, 0},
+    {"execute", act_execute, 0, 0, 0, 0},
+    {"logits", act_logits, 0, 0, 0, 0},
+    {"cache", act_cache, 0, 0, 0, 0},
+    {"measure logit_diff", act_measure, PATCH_LOGIT_DIFF, 1, 0, 0},
+    {"measure rank", act_measure, PATCH_RANK, 1, 0, 0},
+    {"cells logit_diff", act_cells, PATCH_LOGIT_DIFF, 1, 0, 0},
+    {"cells kl", act_cells, PATCH_KL, 1, 0, 0},
+    {"brute logprob", act_brute, PATCH_LOGPROB, 0, 0, 0},
+    {"trace sigma", act_sigma, 3, 0, 0, 0},
+    {"trace resid", act_trace, 1, 1, 0, 0},
+    {"trace mlp, severed", act_trace, 2, 1, 0, 0},
+    {"ablate zero", act_ablate, PATCH_BY_ZERO, 1, 0, 0},
+    {"ablate mean", act_ablate, PATCH_BY_MEAN, 1, 0, 0},
+    {"ablate resample", act_ablate, PATCH_BY_RESAMPLE, 1, 0, 0},
+    {"ablate noise", act_ablate, PATCH_BY_NOISE, 1, 0, 0},
+    {"paths to the end", act_paths, 0, 1, 0, 0},
+    {"paths to a head", act_paths, 1, 1, 0, 0},
+    {"lens", act_lens, 0, 0, 0, 0},
+    {"heads", act_heads, 0, 0, 0, 0},
 };
 
 enum { ACTIONS = sizeof actions / sizeof actions[0] };
@@ -557,7 +569,7 @@ static uint64_t digest_of(World *w, int action) {
     Digest d = {UINT64_C(14695981039346656037)};
     patch_error e;
 
-    if (actions[action].act(w, &d, &e) != PATCH_OK)
+    if (actions[action].act(w, actions[action].which, &d, &e) != PATCH_OK)
         die(actions[action].name, &e);
     return d.hash;
 }
@@ -581,8 +593,6 @@ static patch_model *open_as(World *w, const char *how, patch_error *e) {
                               : patch_model_open(w->path, &w->options, &m, e);
     if (s != PATCH_OK)
         die(how, e);
-    if (strncmp(how, "folded", 6) == 0)
-        remove(w->path);
     return m;
 }
 
@@ -597,8 +607,10 @@ static void command_digests(World *w, const char *how) {
     make_task(w);
     for (i = 0; i < ACTIONS; i++)
         if (!actions[i].of_file)
-            printf("%s %016llx\n", actions[i].name, (unsigned long long)digest_of(w, i));
+            printf("%s: %016llx\n", actions[i].name, (unsigned long long)digest_of(w, i));
     patch_model_free(w->model);
+    if (strncmp(how, "folded", 6) == 0)
+        remove(w->path);
     if (heap.live != 0)
         die("a leak", NULL);
 }
@@ -623,7 +635,7 @@ static int failing_once(World *w, Heap *heap, int action, long refuse, int all_l
     heap->calls = 0;
     heap->refuse = refuse;
     heap->all_later = all_later;
-    s = actions[action].act(w, &d, &e);
+    s = actions[action].act(w, actions[action].which, &d, &e);
     reached = heap->calls > refuse;
     heap->refuse = -1;
     check(heap->live == live, "%s, allocation %ld: %ld leaked", name, refuse, heap->live - live);
@@ -643,7 +655,7 @@ static int failing_once(World *w, Heap *heap, int action, long refuse, int all_l
     return !reached;
 }
 
-static void command_failures(World *w) {
+static void command_failures(World *w, const char *only) {
     Heap heap;
     patch_error e;
     int action, all_later;
@@ -652,8 +664,11 @@ static void command_failures(World *w) {
     w->model = open_as(w, "open", &e);
     make_task(w);
     for (action = 0; action < ACTIONS; action++) {
-        const uint64_t want = digest_of(w, action);
+        const int wanted = strcmp(only, "all") == 0 || strstr(only, actions[action].name) != NULL;
+        const uint64_t want = wanted ? digest_of(w, action) : 0;
 
+        if (!wanted)
+            continue;
         for (all_later = 0; all_later < 2; all_later++) {
             long refuse = 0;
 
@@ -803,7 +818,6 @@ static void wrong_cells(World *w) {
     REFUSED("layer n_layers, brute", patch_cells(w->model, &x, 1, cells, 2, &o, values, NULL, error), PATCH_E_INPUT);
     check(patch_measure(w->model, NULL, 0, PATCH_KL, out, NULL, NULL) == PATCH_OK, "no examples are an error");
     REFUSED("an unknown sweep", patch_sweep_cells(w->model, "resid", T, &shape, NULL, error), PATCH_E_USAGE);
-    REFUSED("a sweep of no name", patch_sweep_cells(w->model, "", T, &shape, NULL, error), PATCH_E_USAGE);
     REFUSED("a glob that matches nothing",
             patch_run_with_cache(w->model, w->tokens[0], 1, T, globs, 2, NULL, &cache, error), PATCH_E_INPUT);
     check(cache == NULL, "a cache after an error");
@@ -1012,8 +1026,9 @@ static void *work(void *ctx) {
             Digest d = {UINT64_C(14695981039346656037)};
             patch_error e;
 
-            if (!actions[action].writes && actions[action].act != act_open_refactored)
-                me->wrong += actions[action].act(me->w, &d, &e) != PATCH_OK || d.hash != me->want[action];
+            if (!actions[action].alone)
+                me->wrong += actions[action].act(me->w, actions[action].which, &d, &e) != PATCH_OK ||
+                             d.hash != me->want[action];
         }
     return NULL;
 }
@@ -1030,7 +1045,7 @@ static void command_threads(World *w) {
     w->model = open_as(w, "open", &e);
     make_task(w);
     for (i = 0; i < ACTIONS; i++)
-        want[i] = actions[i].writes ? 0 : digest_of(w, i);
+        want[i] = actions[i].alone ? 0 : digest_of(w, i);
     for (i = 0; i < 2; i++) {
         workers[i].w = w;
         workers[i].want = want;
@@ -1058,8 +1073,8 @@ int main(int argc, char **argv) {
         command_digests(&w, argv[3]);
         return 0;
     }
-    if (strcmp(command, "failures") == 0 && argc == 4)
-        command_failures(&w);
+    if (strcmp(command, "failures") == 0 && argc == 5)
+        command_failures(&w, argv[3]);
     else if (strcmp(command, "errors") == 0 && argc == 6)
         command_errors(&w, argv[3], argv[4]);
     else if (strcmp(command, "sizes") == 0)

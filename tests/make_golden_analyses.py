@@ -16,7 +16,7 @@ mean32:KEY what the same in float32 misses; same:KEY aliases). The keys, [B] the
     VARIANT/ablate/BY/SITE               [B,cells]  the clean runs' logit difference with one cell replaced:
                                                     BY zero, mean (over the file), groups (the mean of the
                                                     rows with the same label in `groups`)
-    VARIANT/ablate-METRIC/zero/SITE      [B,cells]  the same by another metric
+    VARIANT/ablate-METRIC/BY/SITE        [B,cells]  the same by another metric
     VARIANT/ablate/donors/SITE           [B,B,cells]  cell taken from the example of the second axis
     VARIANT/ablate/BY/list/WHAT-WHERE    [B]        several heads' z at once: WHAT is `heads` (those of
                                                     `heads`), `keep` (all but those) or `every`; WHERE is
@@ -362,10 +362,11 @@ def add_ablations(golden, variant, tasks, groups, chosen, column, full):
     for how, replacement in by.items():
         for site in BLOCK_SITES + HEAD_SITES if full and how != "groups" else SITES:
             values = [ablate(task, site, replacement) for task in tasks]
-            metrics = base.METRICS if full and how == "zero" and site == "attn_head_out_all_pos" else ("logit_diff",)
+            metrics = base.METRICS if full and how != "groups" and site in SITES else ("logit_diff",)
             for metric in metrics:
                 kind = "ablate" if metric == "logit_diff" else "ablate-" + metric
-                golden.add("%s/%s/%s/%s" % (variant, kind, how, site), values[0][metric], values[1][metric], mean=True)
+                golden.add("%s/%s/%s/%s" % (variant, kind, how, site), *(one[metric] for one in values),
+                           mean=True)
     if full:
         for site in ("resid_pre", "attn_out", "attn_head_out_all_pos"):
             values = [np.stack([ablate(task, site, lambda x, d=d: x[d:d + 1].expand_as(x))["logit_diff"]
@@ -513,7 +514,8 @@ def add_lens(golden, variant, tasks):
         golden.add("%s/lens/%s" % (variant, name), f64[name], f32[name], mean=True)
     for name, words in labels.items():
         golden.metadata["labels:" + name] = " ".join(words)
-    for total in (f64["accumulated"][:, -1], f64["recomputed"][:, -1], f64["layers"].sum(1), f64["heads"].sum(1)):
+    for total in (f64["accumulated"][:, -1], f64["recomputed"][:, -1], f64["layers"].sum(1),
+                  f64["heads"].sum(1)):
         assert gap(total + f64["bias"], f64["ld"]) < 1e-10, "the parts do not sum to the logit difference"
     assert gap(f64["accumulated"][:, :-1], f64["recomputed"][:, :-1]) > 1e-3, "the two ways should differ"
 
@@ -567,7 +569,8 @@ def copying(model, tokens, k=5):
                     logits = model.unembed(model.ln_final(resid @ (sign * W_OV)))[0]        # [names,V]
                     best = logits.topk(k + 1, dim=-1)
                     found[s, l, h] = (best.indices[:, :k] == torch.tensor(tokens)[:, None]).any(-1).numpy()
-                    line = torch.where(torch.from_numpy(found[s, l, h] > 0), best.values[:, k], best.values[:, k - 1])
+                    line = torch.where(torch.from_numpy(found[s, l, h] > 0), best.values[:, k],
+                                       best.values[:, k - 1])
                     nearest = min(nearest, (logits[own] - line).abs().min().item())
     return found, nearest
 
@@ -653,7 +656,8 @@ def known_fact(source, tokenizer):
     hooked = Hooked(source, torch.float64)
     for prompt, subject in (("The capital of %s is the city of" % place, place) for place in (
             "Peru", "Spain", "Norway", "Greece", "Austria", "Japan", "Ireland", "Italy")):
-        text = decode(tokenizer, hooked.final(torch.tensor([tokenizer(prompt)["input_ids"]]))[0].argmax().item())
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        text = decode(tokenizer, hooked.final(ids)[0].argmax().item())
         if text.startswith(" ") and text.strip().isalpha() and text.isascii():
             return prompt, subject, text.strip()
     raise SystemExit("no answer that is a word: take another seed")
@@ -686,7 +690,8 @@ def main(names):
             source, tokenizer = base.hugging_face(base.TINY), tokenizer_of(base.TINY)
             examples = base.read_examples(base.TINY)
             # Names are one token with their space; TSV answers first, in order, then the rest of the corpus.
-            words = "Mary John James Tom Sid Dan Amy Martin Anna Mark Paul Kate Jack Lucy Emma Peter Helen".split()
+            words = ("Mary John James Tom Sid Dan Amy Martin Anna Mark Paul Kate Jack Lucy Emma Peter "
+                     "Helen").split()
             tokens = [tokenizer(" " + word)["input_ids"] for word in words]
             keep = [n for n, ids in enumerate(tokens) if len(ids) == 1]
             length = len(examples[0][0])
