@@ -4424,29 +4424,30 @@ static void trace_item(const Family *f, size_t example, size_t item, int base, i
 patch_status patch_trace_sigma(const patch_model *m, const int *tokens, size_t n, double noise,
                                double *sigma, patch_error *e) {
     const size_t C = m->file.C;
-    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    float *row = pool_take(&pool, C, sizeof *row);
     double sum = 0, square = 0, mean = 0;
     size_t i, k, pass, run = 0;
+    Pool pool;
+    float *row;
 
-    if (row == NULL)
-        return pool_end(&pool, no_memory(e, "trace", pool.refused));
     WITHIN("number of subject tokens", n, 1, INT_MAX);
-    for (pass = 0; pass < 2; pass++)
-        for (i = 0; i < n; i++) {
+    for (run = 0; run < n; run++)
+        WITHIN("subject token", tokens[run], 0, m->dims.d_vocab - 1);
+    pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    if ((row = pool_take(&pool, C, sizeof *row)) == NULL)
+        return pool_end(&pool, no_memory(e, "trace", pool.refused));
+    for (pass = 0; pass < 2; pass++) { /* the mean first */
+        mean = sum / ((double)n * (double)C);
+        for (i = 0, sum = 0; i < n; i++) {
             if (!weights_row(&m->file, &m->file.tensors[0], (size_t)tokens[i], row, pool.a))
                 return pool_end(&pool, unreadable(m, e));
             for (k = 0; k < C; k++) {
                 const double d = (double)row[k] - mean;
 
                 sum += d;
-                square += d * d;
-            }
-            if (i == n - 1 && pass == 0) {
-                mean = sum / ((double)n * (double)C);
-                sum = square = 0;
+                square += pass ? d * d : 0;
             }
         }
+    }
     *sigma = noise * (double)(float)sqrt(square / ((double)n * (double)C - 1));
     return pool_end(&pool, PATCH_OK);
 }
@@ -4454,14 +4455,12 @@ patch_status patch_trace_sigma(const patch_model *m, const int *tokens, size_t n
 /* The noisy embeddings of a fact's subject: float(double(W_E row) + sigma z), and then what
    center_writing_weights does to an embedding. */
 static int noisy_embeddings(const Model *m, const patch_trace_options *o, const patch_fact *fact,
-                            float *row, float *noisy) {
+                            Random *r, float *row, float *noisy) {
     const size_t C = m->file.C;
-    Random *r = take(&m->allocator, 1, sizeof *r);
-    int s, i, ok = r != NULL;
+    int s, i, ok = 1;
     size_t k;
 
-    if (ok)
-        random_seed(r, 1);
+    random_seed(r, 1);
     for (s = 0; ok && s < o->samples; s++)
         for (i = fact->begin; ok && i < fact->end; i++, noisy += C) {
             double mean = 0;
@@ -4478,7 +4477,6 @@ static int noisy_embeddings(const Model *m, const patch_trace_options *o, const 
             for (k = 0; k < C; k++)
                 noisy[k] = (float)((double)noisy[k] - mean);
         }
-    give(&m->allocator, r);
     return ok;
 }
 
@@ -4487,20 +4485,27 @@ patch_status patch_trace(const patch_model *m, const patch_fact *fact,
                          patch_stats *stats, patch_error *e) {
     const size_t T = (size_t)fact->n_tokens, L = m->file.L, S = (size_t)o->samples;
     const size_t range = (size_t)(fact->end - fact->begin);
-    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    float *row = pool_take(&pool, m->file.C, sizeof *row);
     double *values, *unpatched;
     patch_example x = {0};
     Family f = {0};
+    Pool pool;
+    Random *r;
+    float *row;
     Trace t;
     patch_status s = PATCH_OK;
     size_t i, k, run = 0;
 
     WITHIN("samples", o->samples, 1, 10000);
     WITHIN("window", o->window, 1, 100000);
-    WITHIN("subject's end", fact->end, fact->begin + 1, fact->n_tokens);
+    WITHIN("number of tokens", fact->n_tokens, 1, m->dims.n_ctx);
+    WITHIN("subject's end", fact->end, (long)fact->begin + 1, fact->n_tokens);
     WITHIN("subject's beginning", fact->begin, 0, fact->end - 1);
     WITHIN("answer", fact->answer, 0, m->dims.d_vocab - 1);
+    for (i = 0; i < T; i++)
+        WITHIN("token", fact->tokens[i], 0, m->dims.d_vocab - 1);
+    pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    row = pool_take(&pool, m->file.C, sizeof *row);
+    r = pool_take(&pool, 1, sizeof *r);
     x.clean = fact->tokens;
     x.n_tokens = fact->n_tokens;
     x.answer = fact->answer;
@@ -4511,9 +4516,9 @@ patch_status patch_trace(const patch_model *m, const patch_fact *fact,
     t.noisy = pool_take(&pool, S * range * m->file.C, sizeof *t.noisy);
     values = pool_take(&pool, T * L * S, sizeof *values);
     unpatched = pool_take(&pool, S + 1, sizeof *unpatched);
-    if (!row || !t.noisy || !values || !unpatched)
+    if (!row || !r || !t.noisy || !values || !unpatched)
         return pool_end(&pool, no_memory(e, "trace", pool.refused));
-    if (!noisy_embeddings(m, o, fact, row, t.noisy))
+    if (!noisy_embeddings(m, o, fact, r, row, t.noisy))
         return pool_end(&pool, unreadable(m, e));
     f.x = &x;
     f.n = 1;
@@ -4660,37 +4665,54 @@ static patch_status ablation_values(const Model *m, const patch_example *x, size
     return s;
 }
 
-patch_status patch_ablate(const patch_model *m, const patch_example *x, size_t n,
-                          const patch_cell *cells, const size_t *sets, size_t n_sets,
-                          const patch_ablation *o, double *values, double *unpatched,
-                          patch_stats *stats, patch_error *e) {
-    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    double *both = pool_take(&pool, 2 * n, sizeof *both);
-    Ablation a;
-    Family f = {0};
-    patch_status s = check_examples(m, x, n, o->metric, 0, e);
-    size_t i, run;
+static patch_status check_ablation(const Model *m, const patch_example *x, size_t n,
+                                   const patch_cell *cells, size_t n_cells,
+                                   const patch_ablation *o, patch_error *e) {
+    const patch_status s = check_examples(m, x, n, o->metric, 0, e);
+    size_t run = 0, i;
 
-    memset(&a, 0, sizeof a);
-    a.m = m;
-    a.o = o;
-    a.cells = cells;
-    a.sets = sets;
-    for (i = 0; s == PATCH_OK && i < sets[n_sets]; i++)
-        if (cells[i].hook != cells[0].hook || hook_facts[cells[i].hook].shape == 'P' ||
-            hook_where((int)cells[i].hook) != EACH)
-            s = fail(e, PATCH_E_USAGE, "site",
-                     "cells of one hook point inside the blocks are wanted, "
-                     "and no pattern; choose another site");
-    for (run = 0; s == PATCH_OK && run < n; run++) {
+    if (s != PATCH_OK)
+        return s;
+    for (i = 0; i < n_cells; i++)
+        if ((size_t)cells[i].hook >= PATCH_N_HOOKS || cells[i].hook != cells[0].hook ||
+            hook_facts[cells[i].hook].shape == 'P' || hook_where((int)cells[i].hook) != EACH)
+            return fail(e, PATCH_E_USAGE, "site", "cells of one hook point inside the blocks are "
+                        "wanted, and no pattern; choose another site");
+    WITHIN("number of groups", o->n_groups, 1, INT_MAX / 4);
+    for (run = 0; run < n; run++) {
+        WITHIN("number of tokens", x[run].n_tokens, 1, m->dims.n_ctx);
         WITHIN("number of tokens", x[run].n_tokens, x[0].n_tokens, x[0].n_tokens);
         if (o->by == PATCH_BY_RESAMPLE)
             WITHIN("partner", o->partner[run], 0, n - 1);
         if (o->groups != NULL)
             WITHIN("group", o->groups[run], 0, o->n_groups - 1);
     }
+    for (i = run = 0; n > 0 && i < n_cells; i++)
+        if (check_slice(m, i, (int)cells[i].hook, cells[i].layer, cells[i].pos, cells[i].head,
+                        cells[i].src, x[0].n_tokens, e) != PATCH_OK)
+            return PATCH_E_INPUT;
+    return PATCH_OK;
+}
+
+patch_status patch_ablate(const patch_model *m, const patch_example *x, size_t n,
+                          const patch_cell *cells, const size_t *sets, size_t n_sets,
+                          const patch_ablation *o, double *values, double *unpatched,
+                          patch_stats *stats, patch_error *e) {
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    double *both = NULL;
+    Ablation a;
+    Family f = {0};
+    patch_status s = check_ablation(m, x, n, cells, sets[n_sets], o, e);
+    size_t i;
+
     if (s != PATCH_OK || n == 0 || n_sets == 0 || sets[n_sets] == 0)
-        return pool_end(&pool, s);
+        return s;
+    both = pool_take(&pool, 2 * n, sizeof *both);
+    memset(&a, 0, sizeof a);
+    a.m = m;
+    a.o = o;
+    a.cells = cells;
+    a.sets = sets;
     a.T = (size_t)x[0].n_tokens;
     a.width = hook_width(m, (int)cells->hook, 0);
     for (i = 0; i < n_sets; i++)
@@ -5314,46 +5336,40 @@ static void write_json(FILE *f, const Table *t) {
 /* ---- 12.6 One colour scale ---------------------------------------------------------------------
    For every picture, the terminal's too. RdBu as in the patching papers, blue positive, symmetric
    about 0 and its middle made pure white; for causal tracing Purples, Greens and Reds from a low
-   value upwards. ColorBrewer's stops in equal steps from lo to hi, linear in between, rounded to 8
-   bits. To read a colour back, project it onto each segment between neighbouring stops and keep the
-   nearest: segment i and place u in 0..1 there give lo + (hi - lo) (i + u) / (n_stops - 1), wrong
-   by less than 1/400 of hi - lo (RdBu) or 1/200 (the others, which begin pale). */
+   value upwards, as in ROME. ColorBrewer's stops in equal steps from lo to hi, linear in between,
+   rounded to 8 bits. To read a colour back, project it onto each segment between neighbouring stops
+   and keep the nearest: segment i and place u in 0..1 there give lo + (hi - lo) (i + u) / (n - 1),
+   wrong by less than 1/400 of hi - lo (RdBu) or 1/200 (the others, which begin pale). */
 
 typedef struct Scale {
     double lo, hi; /* the values of the first and the last stop; lo < hi */
-    int n_stops;
-    const unsigned char (*stops)[3];
+    int n;
+    const uint32_t *stops; /* [n] 0xRRGGBB */
 } Scale;
 
-static const unsigned char rdbu[11][3] = {
-    {103, 0, 31},    {178, 24, 43},   {214, 96, 77},   {244, 165, 130}, {253, 219, 199},
-    {255, 255, 255}, {209, 229, 240}, {146, 197, 222}, {67, 147, 195},  {33, 102, 172},
-    {5, 48, 97}};
+static const uint32_t RDBU[11] = {0x67001f, 0xb2182b, 0xd6604d, 0xf4a582, 0xfddbc7, 0xffffff,
+                                  0xd1e5f0, 0x92c5de, 0x4393c3, 0x2166ac, 0x053061};
+static const uint32_t SEQUENTIAL[3][9] = { /* Purples, Greens, Reds */
+    {0xfcfbfd, 0xefedf5, 0xdadaeb, 0xbcbddc, 0x9e9ac8, 0x807dba, 0x6a51a3, 0x54278f, 0x3f007d},
+    {0xf7fcf5, 0xe5f5e0, 0xc7e9c0, 0xa1d99b, 0x74c476, 0x41ab5d, 0x238b45, 0x006d2c, 0x00441b},
+    {0xfff5f0, 0xfee0d2, 0xfcbba1, 0xfc9272, 0xfb6a4a, 0xef3b2c, 0xcb181d, 0xa50f15, 0x67000d}};
 
-/* Purples, Greens, Reds. */
-static const unsigned char sequential[3][9][3] = {
-    {{252, 251, 253}, {239, 237, 245}, {218, 218, 235}, {188, 189, 220}, {158, 154, 200},
-     {128, 125, 186}, {106, 81, 163},  {84, 39, 143},   {63, 0, 125}},
-    {{247, 252, 245}, {229, 245, 224}, {199, 233, 192}, {161, 217, 155}, {116, 196, 118},
-     {65, 171, 93},   {35, 139, 69},   {0, 109, 44},    {0, 68, 27}},
-    {{255, 245, 240}, {254, 224, 210}, {252, 187, 161}, {252, 146, 114}, {251, 106, 74},
-     {239, 59, 44},   {203, 24, 29},   {165, 15, 21},   {103, 0, 13}}};
+/* Where a value stands between lo, 0, and hi, 1. Halved first: hi - lo may overflow. */
+static double scale_place(const Scale *s, double value) {
+    return (value / 2 - s->lo / 2) / (s->hi / 2 - s->lo / 2);
+}
 
 /* The colour of a value; outside lo..hi that of the nearer end, for NaN grey. */
 static void scale_colour(const Scale *s, double value, unsigned char rgb[3]) {
-    double x = (value / 2 - s->lo / 2) / (s->hi / 2 - s->lo / 2); /* hi - lo may overflow */
-    int i, c, from, to;
+    const double x = fmin(fmax(scale_place(s, value), 0), 1) * (s->n - 1);
+    const int i = (int)fmin(x, s->n - 2);
+    int c;
 
-    if (isnan(value)) {
-        memset(rgb, 0xbb, 3);
-        return;
-    }
-    x = fmin(fmax(x, 0), 1) * (s->n_stops - 1);
-    i = x < s->n_stops - 1 ? (int)x : s->n_stops - 2;
     for (c = 0; c < 3; c++) { /* in double, then rounded: monotone within a segment */
-        from = s->stops[i][c];
-        to = s->stops[i + 1][c];
-        rgb[c] = (unsigned char)(from + (to - from) * (x - i) + 0.5);
+        const double from = s->stops[i] >> (16 - 8 * c) & 255;
+        const double to = s->stops[i + 1] >> (16 - 8 * c) & 255;
+
+        rgb[c] = isnan(value) ? 0xbb : (unsigned char)(from + (to - from) * (x - i) + 0.5);
     }
 }
 
@@ -5361,18 +5377,7 @@ static int axis_is(const Axis *axis, const char *name) {
     return strcmp(axis->name, name) == 0;
 }
 
-/* Which of `sequential` belongs to entry `kind` of a trace's kind axis, or to a trace without one;
-   -1 for everything else: RdBu. */
-static int sequential_of(const Table *t, size_t kind) {
-    int kinds = t->rank > 0 && axis_is(&t->axis[0], "kind") && kind < t->axis[0].size;
-    const char *name = kinds && t->axis[0].labels ? t->axis[0].labels[kind] : t->name;
-
-    if (strcmp(t->command, "trace") != 0)
-        return -1;
-    return strstr(name, "mlp") != NULL ? 1 : strstr(name, "attn") != NULL ? 2 : 0;
-}
-
-/* The least and the largest finite value; -HUGE_VAL as the largest where there is none. */
+/* The least and the largest finite value; where there is none, infinities the wrong way round. */
 static double finite_range(const double *values, size_t n, double *least) {
     double most = -HUGE_VAL;
 
@@ -5388,245 +5393,157 @@ static double finite_range(const double *values, size_t n, double *least) {
    one kind of a trace: from the corrupted run's mean (else the least value) up to range or the
    largest value. One unit wide where there is nothing to go by: no finite values, or all equal. */
 static Scale scale_of(const Table *t, size_t kind, double range) {
-    int colours = sequential_of(t, kind), kinds = t->rank > 0 && axis_is(&t->axis[0], "kind");
-    size_t n = table_size(t);
-    double least, most;
-    Scale s = {-1, 1, 11, rdbu};
+    const int trace = strcmp(t->command, "trace") == 0;
+    const int kinds = trace && t->rank > 0 && axis_is(&t->axis[0], "kind");
+    const char *name = kinds && t->axis[0].labels != NULL ? t->axis[0].labels[kind] : t->name;
+    const size_t n = kinds ? table_size(t) / t->axis[0].size : table_size(t);
+    double least, most = finite_range(t->values + (kinds ? kind * n : 0), n, &least);
+    Scale s = {-1, 1, 11, RDBU};
 
-    if (colours >= 0 && kinds && n > 0)
-        n /= t->axis[0].size;
-    most = finite_range(colours >= 0 && kinds ? t->values + kind * n : t->values, n, &least);
-    if (colours >= 0) {
-        s.n_stops = 9;
-        s.stops = sequential[colours];
-        s.lo = t->has_baseline && isfinite(t->corrupted) ? t->corrupted : least;
-        s.lo = isfinite(s.lo) ? s.lo : 0;
-        s.hi = range > 0 ? range : most;
-        if (!(s.hi / 2 - s.lo / 2 > 1e-12 * fabs(s.lo) + 1e-300))
-            s.hi = s.lo + fmax(1, fabs(s.lo));
+    if (!trace) {
+        most = range > 0 ? range : fmax(most, -least);
+        s.hi = most > 1e-300 ? most : 1;
+        s.lo = -s.hi;
         return s;
     }
-    most = range > 0 ? range : fmax(most, -least);
-    if (isfinite(most) && most > 1e-300) {
-        s.lo = -most;
-        s.hi = most;
-    }
+    s.n = 9;
+    s.stops = SEQUENTIAL[strstr(name, "mlp") != NULL ? 1 : strstr(name, "attn") != NULL ? 2 : 0];
+    s.lo = t->has_baseline && isfinite(t->corrupted) ? t->corrupted : isfinite(least) ? least : 0;
+    s.hi = range > 0 ? range : most;
+    if (!(s.hi / 2 - s.lo / 2 > 1e-12 * fabs(s.lo) + 1e-300))
+        s.hi = s.lo + fmax(1, fabs(s.lo));
     return s;
 }
 
-/* ---- 12.7 SVG: which axis goes where, how large, drawing ----------------------------------------
-   A figure is a table in panels: heat maps of rows x columns, or line plots. Lengths are pixels. */
-
-/* Axes of a table that run together in one direction, the last one fastest; none: size 1. */
-typedef struct Span {
-    int n;
-    const Axis *axis[6];
-    size_t step[6];   /* until an axis's index changes, in entries of the span */
-    size_t stride[6]; /* and by how much that moves, in values */
-    size_t size;
-} Span;
-
-typedef struct Figure {
-    const Table *t;
-    Table grid;       /* t points to it where the caller's was reshaped */
-    double range;     /* --range, 0: from the values */
-    Scale scale;      /* of every panel, but where each kind has its own */
-    int own;          /* as the heat maps of a trace do, each with a colour bar */
-    Span panel, row, col;
-    int lines;        /* line plots: a line for each row */
-    size_t across;    /* panels side by side */
-    double w, h;      /* of a cell */
-    double panel_w, panel_h, gap, head; /* a panel, the room to its right and above it */
-    double left, below, side; /* room for row labels, column labels, and colour bar or legend */
-    double width, height;
-    char title[200];
-} Figure;
-
-enum { TITLE = 40, LABEL_COLUMNS = 24, ALL = 0x7fffffff };
-
-#define LETTER 5.8 /* width of an average letter at 11 pixels, generously */
+/* ---- 12.7 Text and labels in pictures and pages ---------------------------------------------- */
 
 /* Any bytes as text for XML and HTML: \n or \xHH for controls and what is no UTF-8, as escape_next
-   has it, but also for what directs or separates text, which could rearrange what stands beside the
-   token; markup as numbers (double quotes stay: attributes have single ones). After `room` columns
-   an ellipsis. Returns the columns, two for a character from U+1100, which is an estimate; f NULL:
-   does no more than that. prose: a backslash is not doubled. */
-static size_t svg_text(FILE *f, const char *text, size_t n, size_t room, int prose) {
-    static const char *const unseen[][2] = { /* UTF-8 sorts as code points do: from, to */
-        {"\xc2\xad", "\xc2\xad"},         {"\xe2\x80\x8b", "\xe2\x80\x8b"},
-        {"\xe2\x80\x8e", "\xe2\x80\x8f"}, {"\xe2\x80\xa8", "\xe2\x80\xae"},
-        {"\xe2\x81\xa0", "\xe2\x81\xaf"}, {"\xef\xbb\xbf", "\xef\xbb\xbf"},
-        {"\xef\xbf\xb9", "\xef\xbf\xbb"}, {"\xef\xbf\xbe", "\xef\xbf\xbf"}};
-    char piece[ESCAPE_ROOM], out[4 * ESCAPE_ROOM];
+   has it, but also for what directs or separates text, which could rearrange what stands beside it;
+   markup as numbers (double quotes stay: attributes have single ones). After `room` columns an
+   ellipsis. Returns the columns, two for a character from U+1100, which is an estimate; f NULL:
+   does no more than that. */
+static size_t put_text(FILE *f, const char *text, size_t n, size_t room) {
+    static const uint32_t unseen[][2] = {{0xAD, 0xAD}, {0x200B, 0x200B}, {0x200E, 0x200F},
+        {0x2028, 0x202E}, {0x2060, 0x206F}, {0xFEFF, 0xFEFF}, {0xFFF9, 0xFFFF}};
+    char piece[4 * ESCAPE_ROOM];
     size_t i, k, length, columns = 0;
 
-    for (; n > 0; text += length, n -= length) {
-        if (columns >= room) {
-            if (f != NULL)
-                fputs("\xe2\x80\xa6", f);
-            return columns + 1;
-        }
-        length = escape_next(text, n, piece);
-        snprintf(out, sizeof out, prose && *text == '\\' ? "\\" : "%s", piece);
-        for (k = 0; k < sizeof unseen / sizeof unseen[0]; k++)
-            if (strcmp(piece, unseen[k][0]) >= 0 && strcmp(piece, unseen[k][1]) <= 0)
-                for (i = 0; i < length; i++)
-                    snprintf(out + 4 * i, 5, "\\x%02X", (unsigned)(unsigned char)text[i]);
-        columns += (*out & 0x80) == 0 ? strlen(out) : strcmp(out, "\xe1\x84\x80") < 0 ? 1 : 2;
-        if (out[1] == '\0' && strchr("<>&'", *out) != NULL)
-            snprintf(out, sizeof out, "&#%d;", *text);
+    for (; n > 0 && columns < room; text += length, n -= length) {
+        const uint32_t code = next_char(text, n, &length);
+
+        escape_next(text, n, piece);
+        for (k = 0; k < sizeof unseen / sizeof *unseen; k++)
+            for (i = 0; code >= unseen[k][0] && code <= unseen[k][1] && i < length; i++)
+                snprintf(piece + 4 * i, 5, "\\x%02X", (unsigned)(unsigned char)text[i]);
+        columns += (*piece & 0x80) == 0 ? strlen(piece) : code < 0x1100 ? 1 : 2;
+        if (code < 0x80 && memchr("<>&'", (int)code, 4) != NULL)
+            snprintf(piece, sizeof piece, "&#%d;", (int)code);
         if (f != NULL)
-            fputs(out, f);
+            fputs(piece, f);
     }
-    return columns;
+    if (f != NULL && n > 0)
+        fputs("\xe2\x80\xa6", f);
+    return columns + (n > 0);
 }
 
-static size_t svg_prose(FILE *f, const char *text) {
-    return svg_text(f, text, strlen(text), ALL, 1);
+static size_t put_words(FILE *f, const char *text) {
+    return put_text(f, text, strlen(text), SIZE_MAX);
 }
 
-/* How papers name things: a facet, by the label of the kind axis; an axis, and the letters before a
-   number of it that stands alone. */
-static const char *const kind_titles[][2] = {
-    {"resid_pre", "Residual Stream"}, {"resid", "Residual Stream"}, {"attn_out", "Attn Output"},
-    {"attn", "Attn Output"},          {"mlp_out", "MLP Output"},    {"mlp", "MLP Output"},
-    {"out", "Output"},                {"q", "Query"},               {"k", "Key"},
-    {"v", "Value"},                   {"pattern", "Pattern"}};
+/* How papers call an axis, and begin a number of it that stands alone; how they call a kind. */
+static const char *const NAMES[][3] = {
+    {"layer", "Layer", "L"}, {"head", "Head", "H"}, {"example", "Example", "Example "},
+    {"pos", "Position", ""}, {"dest", "Destination", ""}, {"src", "Source", ""},
+    {"resid_pre", "Residual Stream"}, {"attn_out", "Attn Output"}, {"mlp_out", "MLP Output"},
+    {"resid", "Residual Stream"}, {"attn", "Attn Output"}, {"mlp", "MLP Output"},
+    {"out", "Output"}, {"q", "Query"}, {"k", "Key"}, {"v", "Value"}, {"pattern", "Pattern"}};
 
-static const char *const axis_titles[][3] = {
-    {"layer", "Layer", "L"},     {"head", "Head", "H"}, {"pos", "Position", ""},
-    {"dest", "Destination", ""}, {"src", "Source", ""}, {"example", "Example", "Example "}};
+/* Column 1 or 2 of NAMES; `otherwise` for a name that is not there. */
+static const char *paper_name(const char *name, int column, const char *otherwise) {
+    size_t i;
 
-/* Number i of an axis over positions, `to_14`, in full `" to"_14`; a star that ends its label (the
-   subject of a trace) goes to the token. */
-static size_t svg_token(FILE *f, const Table *t, size_t i, const char *label, int full) {
-    size_t columns = full ? svg_prose(f, "\"") : 0;
-    int star = label != NULL && *label != '\0' && label[strlen(label) - 1] == '*';
-    char end[32];
-
-    columns += svg_text(f, t->tokens[i], t->token_bytes[i], full ? ALL : LABEL_COLUMNS, 0);
-    snprintf(end, sizeof end, "%s_%lu%s", full ? "\"" : "", (unsigned long)i, star ? "*" : "");
-    return columns + svg_prose(f, end);
+    for (i = 0; i < sizeof NAMES / sizeof *NAMES; i++)
+        if (strcmp(name, NAMES[i][0]) == 0)
+            return NAMES[i][column];
+    return otherwise;
 }
 
-/* Number i of any axis; returns its columns (f NULL: only that). In full, for tooltips and panels,
-   `" to"_14` and "L9"; otherwise, beside an axis, "to_14" and "9", and long ones are cut. */
-static size_t svg_label(FILE *f, const Table *t, const Axis *axis, size_t i, int full) {
-    const char *label = axis->labels != NULL ? axis->labels[i] : NULL;
-    size_t k, columns = 0;
-    char number[32];
+/* Number i of an axis; returns its columns (f NULL: only that). In full, for tooltips and panels,
+   `" to"_14` and "L9"; otherwise, beside an axis, "to_14" and "9", and long ones are cut. A star
+   that ends a label (the subject of a trace) goes to the token. */
+static size_t put_index(FILE *f, const Table *t, const Axis *axis, size_t i, int full) {
+    char number[NUMBER_ROOM];
+    const char *text = axis_text(axis, i, number), *quote = full ? "\"" : "", *star, *letter;
+    const int position = axis_is(axis, "pos") || axis_is(axis, "dest") || axis_is(axis, "src");
+    const size_t room = full ? SIZE_MAX : 24;
+    size_t columns;
 
-    if (t->tokens != NULL && i < t->n_tokens &&
-        (axis_is(axis, "pos") || axis_is(axis, "dest") || axis_is(axis, "src")))
-        return svg_token(f, t, i, label, full);
-    snprintf(number, sizeof number, "%lu", (unsigned long)i);
-    if (label == NULL)
-        label = number;
-    for (k = 0; axis_is(axis, "kind") && k < sizeof kind_titles / sizeof kind_titles[0]; k++)
-        if (strcmp(label, kind_titles[k][0]) == 0)
-            return svg_prose(f, kind_titles[k][1]);
-    for (k = 0; full && k < sizeof axis_titles / sizeof axis_titles[0]; k++)
-        if (axis_is(axis, axis_titles[k][0]) && label[strspn(label, "0123456789")] == '\0')
-            columns = svg_prose(f, axis_titles[k][2]);
-    return columns + svg_text(f, label, strlen(label), full ? ALL : LABEL_COLUMNS, 0);
+    if (position && i < t->n_tokens) {
+        star = *text != '\0' && text[strlen(text) - 1] == '*' ? "*" : "";
+        columns = put_words(f, quote) + put_text(f, t->tokens[i], t->token_bytes[i], room);
+        snprintf(number, sizeof number, "%s_%lu%s", quote, (unsigned long)i, star);
+        return columns + put_words(f, number);
+    }
+    text = axis_is(axis, "kind") ? paper_name(text, 1, text) : text;
+    letter = full && text[strspn(text, "0123456789")] == '\0' ? paper_name(axis->name, 2, "") : "";
+    columns = put_words(f, letter);
+    return columns + put_text(f, text, strlen(text), room);
 }
 
-/* Number i of a span: its axes' labels, of several always in full ("L9H6"); returns the columns. */
-static size_t svg_span(FILE *f, const Figure *fig, const Span *span, size_t i, int full,
-                       const char *between) {
-    size_t columns = 0;
+/* ---- 12.8 SVG: a grid of panels ----------------------------------------------------------------
+   A figure is a table in panels, each a two-dimensional slice of it: a heat map, or a line plot
+   with a line for each row. Every axis of the table runs one way: from panel to panel (a facet),
+   down the rows of a panel or along its columns; of several that run the same way the last is the
+   fastest. The figure is drawn in one pass over the values. Lengths are pixels. */
+
+enum { FACET, ROW, COL };
+enum { TOP = 32, HEAD = 22, BAR = 100 }; /* title, panel's title, least height of a colour bar */
+
+typedef struct Figure {
+    Table t;
+    int way[6], axes[3]; /* of each axis where it runs; how many run each way, */
+    size_t size[3];      /* the product of their sizes, */
+    double room[3];      /* and what their longest label takes */
+    int lines, own;      /* line plots; each panel has a scale and a colour bar of its own */
+    Scale scale;
+    size_t across;       /* panels side by side */
+    double w, h, panel_w, panel_h, gap, left; /* cell; panel; between panels, left of the first */
+    double width, height;
+    char title[200];
+    /* The value at hand: its number, its indices, its place each way; the upper left corner of its
+       cell, or in a line plot of its column. */
+    size_t i, index[6], at[3];
+    double x, y;
+} Figure;
+
+/* Examples and kinds become panels, and so do the heads of patterns [.., dest, src]. The last axis
+   runs along the columns, but a head behind a position goes into the rows, "L9H6". */
+static void figure_axes(Figure *g) {
+    Axis *axis = g->t.axis;
+    const int last = g->t.rank - 1, pattern = axis_is(&axis[last], "src");
+    const int turn = last > 0 && axis_is(&axis[last], "head") && axis_is(&axis[last - 1], "pos");
+    size_t i, n, longest;
     int k;
 
-    for (k = 0; k < span->n; k++) {
-        columns += k > 0 ? svg_prose(f, between) : 0;
-        columns += svg_label(f, fig->t, span->axis[k], i / span->step[k] % span->axis[k]->size,
-                             full || span->n > 1);
+    g->size[FACET] = g->size[ROW] = g->size[COL] = g->across = 1;
+    for (k = 0; k <= last; k++) {
+        const int apart = axis_is(&axis[k], "example") || axis_is(&axis[k], "kind");
+        const int way = k == last - turn ? COL : apart || (pattern && k < last - 1) ? FACET : ROW;
+
+        g->across = way == FACET ? axis[k].size : g->across; /* as many as heads, not layers */
+        g->way[k] = way;
+        g->axes[way]++;
+        g->size[way] *= axis[k].size;
+        g->lines |= axis_is(&axis[k], "group"); /* a line for each group */
     }
-    return columns;
-}
-
-/* The room that the longest label of a span takes; exact widths would need the font's. */
-static double span_room(const Figure *fig, const Span *span) {
-    size_t i, n, most = 0;
-
-    for (i = 0; i < span->size; i++)
-        if ((n = svg_span(NULL, fig, span, i, 0, "")) > most)
-            most = n;
-    return LETTER * (double)most;
-}
-
-/* Axis a of t becomes the last, and so the fastest, of a span. */
-static void span_add(Span *span, const Table *t, int a) {
-    size_t size = t->axis[a].size;
-    int k;
-
-    for (k = 0; k < span->n; k++)
-        span->step[k] *= size;
-    span->axis[span->n] = &t->axis[a];
-    span->step[span->n] = span->stride[span->n] = 1;
-    for (k = a + 1; k < t->rank; k++)
-        span->stride[span->n] *= t->axis[k].size;
-    span->size *= size;
-    span->n++;
-}
-
-static size_t span_offset(const Span *span, size_t i) {
-    size_t offset = 0;
-    int k;
-
-    for (k = 0; k < span->n; k++)
-        offset += i / span->step[k] % span->axis[k]->size * span->stride[k];
-    return offset;
-}
-
-static double figure_value(const Figure *fig, size_t panel, size_t row, size_t col) {
-    return fig->t->values[span_offset(&fig->panel, panel) + span_offset(&fig->row, row) +
-                          span_offset(&fig->col, col)];
-}
-
-/* The lens's parts L0H0, L0H1, ..., remainder are drawn as the layers by heads that they are: 145
-   points on a line would show nothing. The remainder goes into the title. */
-static void figure_reshape(Figure *fig, const Table *t) {
-    size_t n = 0, heads = 0, used = strlen(fig->title);
-    unsigned long layer, head;
-
-    if (t->rank != 1 || t->axis[0].labels == NULL)
-        return;
-    while (n < t->axis[0].size && sscanf(t->axis[0].labels[n], "L%luH%lu", &layer, &head) == 2) {
-        heads = head >= heads ? head + 1 : heads;
-        n++;
+    g->lines |= g->axes[ROW] == 0;
+    for (k = 0; k <= last; k++) {
+        for (i = longest = 0; i < axis[k].size; i++) {
+            n = put_index(NULL, &g->t, &axis[k], i, g->axes[g->way[k]] > 1);
+            longest = n > longest ? n : longest;
+        }
+        g->room[g->way[k]] += 5.3 * (double)longest; /* of an average letter, generously */
     }
-    if (n == 0 || n % heads != 0)
-        return;
-    if (n < t->axis[0].size)
-        snprintf(fig->title + used, sizeof fig->title - used, ", %.20s %.4g", t->axis[0].labels[n],
-                 t->values[n]);
-    fig->grid = *t;
-    fig->grid.rank = 2;
-    fig->grid.axis[0] = (Axis){"layer", n / heads, NULL};
-    fig->grid.axis[1] = (Axis){"head", heads, NULL};
-    fig->t = &fig->grid;
-}
-
-/* example and kind in front become panels. What remains: one axis, a line plot; two, rows and
-   columns; three, rows "L9H6" and a column for each position; a pattern's [.., dest, src], a panel
-   for each head. An axis named group in front of the last: a line for each group. */
-static void figure_axes(Figure *fig) {
-    const Table *t = fig->t;
-    int a, first = 0, last = t->rank - 1, col = last;
-    int keep = axis_is(&t->axis[last], "part") ? 1 : 2;
-
-    while (first < t->rank - keep &&
-           (axis_is(&t->axis[first], "example") || axis_is(&t->axis[first], "kind")))
-        span_add(&fig->panel, t, first++);
-    while (first < last - 1 && axis_is(&t->axis[last], "src"))
-        span_add(&fig->panel, t, first++);
-    for (a = first; a < last && last - first >= 2; a++)
-        if (axis_is(&t->axis[a], "pos") || axis_is(&t->axis[a], "dest"))
-            col = a;
-    for (a = first; a <= last; a++)
-        span_add(a == col ? &fig->col : &fig->row, t, a);
-    fig->lines = fig->row.n == 0 || (fig->row.n == 1 && axis_is(&t->axis[first], "group"));
 }
 
 /* Whole pixels, so that cells have sharp edges and nothing between them. */
@@ -5634,285 +5551,251 @@ static double within(double x, double least, double most) {
     return floor(fmin(fmax(x, least), most));
 }
 
-/* Cells as large as about 700 pixels (one panel) or 1300 (several) allow, but never too small for a
-   label, unless there is a panel for each head. */
-static void figure_cells(Figure *fig) {
-    size_t n = fig->panel.size;
-    size_t last = n > 1 ? fig->panel.axis[fig->panel.n - 1]->size : 1;
-    double c = (double)fig->col.size, r = (double)fig->row.size, least = 10;
-    int small = n > 6 && axis_is(&fig->t->axis[fig->t->rank - 1], "src");
+/* Plan a picture. Cells are as large as some 1250 pixels allow, but never too small for a label;
+   patterns are square. Panels that do not fit beside each other go into rows, equally long ones if
+   possible. The lens's parts L0H0, L0H1, ..., remainder would show nothing as points of a line:
+   they become layers by heads, and the remainder goes into the title. */
+static void figure_plan(Figure *g) {
+    Axis *axis = g->t.axis;
+    const int pattern = axis_is(&axis[g->t.rank - 1], "src");
+    const size_t n = axis[0].size - 1, used = strlen(g->title);
+    double cols, across, down, least, most, pad, fit;
+    unsigned long layer, head;
 
-    fig->across = small ? (last > 16 ? 12 : last) : last > 5 ? 4 : last;
-    least = small ? 7 : 10;
-    fig->w = within((n > 1 ? 1240 / (double)fig->across : 660) / c, least, 40);
-    fig->h = small ? fig->w : within((n > 1 ? 340 : 440) / r, 11, 26);
-    if (fig->lines)
-        fig->w = within((n > 1 ? 400 : 840) / c, 10, 60);
-    fig->panel_w = fig->w * c;
-    fig->panel_h = fig->lines ? 240 : fig->h * r;
-    fig->gap = fig->own ? 80 : small ? 8 : 16;
-    if (fig->across > n)
-        fig->across = n;
-    while (fig->across > 1 && (double)fig->across * fig->panel_w > (small ? 2600 : 1600))
-        fig->across--;
-}
-
-/* Line plots, which need no zero, go a little beyond their values, unless there is a --range. */
-static void figure_scale(Figure *fig) {
-    double least, most = finite_range(fig->t->values, table_size(fig->t), &least), pad;
-
-    fig->scale = scale_of(fig->t, 0, fig->range);
-    if (!fig->lines || fig->range > 0 || most < least)
-        return;
-    pad = most / 20 - least / 20;
-    if (!(pad > 1e-12 * fabs(most) + 1e-300)) /* one value everywhere */
-        pad = fmax(1, fabs(most) / 10);
-    fig->scale.lo = fmax(least - pad, -DBL_MAX);
-    fig->scale.hi = fmin(most + pad, DBL_MAX);
-}
-
-/* Plan a picture of t. Where it has no cells, the title is all. */
-static void figure_plan(Figure *fig, const Table *t, double range) {
-    const char *way = t->direction == NULL ? "" : ", noising (corrupted into clean)";
-    double title, down;
-
-    memset(fig, 0, sizeof *fig);
-    fig->t = t;
-    fig->range = range;
-    fig->panel.size = fig->row.size = fig->col.size = 1;
-    if (t->direction != NULL && strcmp(t->direction, "denoising") == 0)
-        way = ", denoising (clean into corrupted)";
-    snprintf(fig->title, sizeof fig->title, "%.60s%s%.30s%s%s", t->name, t->metric ? ", " : "",
-             t->metric ? t->metric : "", way, t->normalized ? ", normalized" : "");
-    figure_reshape(fig, t);
-    title = 40 + 1.2 * LETTER * (double)svg_prose(NULL, fig->title);
-    fig->width = fmax(title, 240);
-    fig->height = TITLE + 30;
-    if (t->rank == 0 || table_size(t) == 0)
-        return;
-    figure_axes(fig);
-    fig->own = sequential_of(fig->t, 0) >= 0 && !fig->lines;
-    figure_cells(fig);
-    figure_scale(fig);
-    fig->head = fig->panel.n > 0 ? 22 : 4;
-    fig->left = fig->lines ? 60 : 32 + span_room(fig, &fig->row);
-    fig->below = 32 + span_room(fig, &fig->col);
-    fig->side = !fig->lines ? 74 : fig->row.n > 0 ? 44 + span_room(fig, &fig->row) : 16;
-    fig->width = fig->left + (double)fig->across * (fig->panel_w + fig->gap) - fig->gap + fig->side;
-    fig->width = fmax(fig->width, title);
-    down = (double)((fig->panel.size + fig->across - 1) / fig->across);
-    fig->height = fmax(TITLE + down * (fig->panel_h + fig->head) + fig->below, TITLE + 140);
-}
-
-/* ---- drawing ---- */
-
-/* The one axis-labelling routine: the labels of a span, `step` apart, to the left of (x, y) going
-   down, or below it going right; there level where they fit, otherwise turned by 90 degrees. Only
-   every k-th where cells are smaller than letters. Then the names of the axes. */
-static void svg_axis(FILE *f, const Figure *fig, const Span *span, double x, double y, double step,
-                     int below) {
-    double room = span_room(fig, span), size = within(step - 2, 8, 11), at;
-    int turned = below && room + 2 > step, k;
-    size_t i, every = turned || !below ? (size_t)ceil(size / step) : 1;
-
-    for (i = 0; i < span->size; i += every) {
-        at = step * ((double)i + 0.5);
-        fprintf(f, "<text transform='translate(%.7g %.7g)%s' text-anchor='%s' font-size='%g'>",
-                !below ? x - 5 : turned ? x + at + size * 0.35 : x + at,
-                !below ? y + at + size * 0.35 : turned ? y + 5 : y + 14,
-                turned ? " rotate(-90)" : "", below && !turned ? "middle" : "end", size);
-        svg_span(f, fig, span, i, 0, "");
-        fputs("</text>\n", f);
+    if (g->t.rank == 1 && axis[0].labels != NULL && n > 0 &&
+        sscanf(axis[0].labels[n - 1], "L%luH%lu", &layer, &head) == 2 &&
+        (layer + 1) * (head + 1) == n) {
+        snprintf(g->title + used, sizeof g->title - used, ", %.20s %.4g", axis[0].labels[n],
+                 g->t.values[n]);
+        g->t.rank = 2;
+        axis[0] = (Axis){"layer", layer + 1, NULL};
+        axis[1] = (Axis){"head", head + 1, NULL};
     }
-    at = step * (double)span->size / 2;
-    fprintf(f, "<text transform='translate(%.7g %.7g)%s' text-anchor='middle' font-size='12'>",
-            below ? x + at : x - room - 14, below ? y + (turned ? room : 12) + 20 : y + at,
-            below ? "" : " rotate(-90)");
-    for (k = 0; k < span->n; k++)
-        for (i = 0; i < sizeof axis_titles / sizeof axis_titles[0]; i++)
-            if (axis_is(span->axis[k], axis_titles[i][0]))
-                fprintf(f, "%s%s", k > 0 ? ", " : "", axis_titles[i][1]);
-    fputs("</text>\n", f);
+    figure_axes(g);
+    g->own = strcmp(g->t.command, "trace") == 0 && !g->lines;
+    g->scale = scale_of(&g->t, 0, g->t.range);
+    if (g->lines && !(g->t.range > 0)) { /* from 0 a little beyond the values */
+        most = fmax(finite_range(g->t.values, table_size(&g->t), &least), 0);
+        least = fmin(least, 0);
+        pad = most - least > 1e-300 ? most / 20 - least / 20 : 1;
+        g->scale.lo = fmax(least - pad, -DBL_MAX);
+        g->scale.hi = fmin(most + pad, DBL_MAX);
+    }
+    cols = (double)g->size[COL];
+    across = (double)g->across;
+    fit = within((pattern ? 180 : 88) / cols, 1, 16);     /* side by side, and not too narrow */
+    across = ceil(across / ceil(across / fit));           /* 8 where 5 fit: two rows of 4 */
+    down = ceil((double)g->size[FACET] / across);
+    g->across = (size_t)across;
+    g->w = within(1250 / across / cols, 10, pattern ? 24 : g->lines ? 60 : 40);
+    g->h = pattern ? g->w : within(400 / (double)g->size[ROW], 11, 26);
+    g->panel_w = g->w * cols;
+    g->panel_h = g->lines ? 240 : g->h * (double)g->size[ROW];
+    g->gap = g->own ? 80 : 16;                            /* 80: with a colour bar in it */
+    g->left = g->lines ? 60 : 32 + g->room[ROW];          /* 32: the axis's name */
+    g->width = g->left + across * (g->panel_w + g->gap) - g->gap;
+    g->width += g->lines ? 44 + g->room[ROW] : 74;        /* the legend or a colour bar */
+    g->width = fmax(g->width, 600);                       /* the title */
+    g->height = TOP + fmax(down * (HEAD + g->panel_h) + 32 + g->room[COL], HEAD + BAR + 20);
 }
 
-/* Round numbers (1, 2 or 5 times a power of ten apart, at most 9) from lo at y + height to hi at y,
-   each with a tick: to the left of x, or to the right where `length` is negative. */
-static void svg_numbers(FILE *f, double lo, double hi, double x, double y, double height,
-                        double length) {
-    double half = hi / 2 - lo / 2, step = pow(10, floor(log10(half / 4))), value, at;
-    double over = half / 4 / step;
-    int i;
+/* Go to value number i. */
+static void figure_go(Figure *g, size_t i) {
+    int k;
 
-    step *= over > 5 ? 10 : over > 2 ? 5 : over > 1 ? 2 : 1;
-    for (i = 0; i < 12; i++) {
-        value = (ceil(lo / step - 1e-9) + i) * step;
-        if (!(value <= hi + step * 1e-6))
-            break;
-        at = y + height * ((hi / 2 - value / 2) / half);
-        fprintf(f, "<path d='M%.7g %.7gh%g' stroke='currentColor'/><text x='%.7g' y='%.7g' "
-                   "text-anchor='%s'>%.4g</text>\n",
-                x, at, -length, x - length + (length > 0 ? -3 : 3), at + 4,
-                length > 0 ? "end" : "start", fabs(value) < step / 2 ? 0.0 : value);
+    g->i = i;
+    table_index(&g->t, i, g->index);
+    memset(g->at, 0, sizeof g->at);
+    for (k = 0; k < g->t.rank; k++)
+        g->at[g->way[k]] = g->at[g->way[k]] * g->t.axis[k].size + g->index[k];
+    g->x = g->left + (double)(g->at[FACET] % g->across) * (g->panel_w + g->gap) +
+           g->w * (double)g->at[COL];
+    g->y = TOP + HEAD + (double)(g->at[FACET] / g->across) * (g->panel_h + HEAD) +
+           (g->lines ? 0 : g->h * (double)g->at[ROW]);
+}
+
+/* The labels of the value at hand on the axes of some ways: in full "L9 H6", else "L9H6". */
+static void put_ways(FILE *f, const Figure *g, int way, int last, int full) {
+    const char *between = "";
+    int k;
+
+    for (; way <= last; way++)
+        for (k = 0; k < g->t.rank; k++)
+            if (g->way[k] == way) {
+                fputs(between, f);
+                put_index(f, &g->t, &g->t.axis[k], g->index[k], full || g->axes[way] > 1);
+                between = full ? " " : "";
+            }
+}
+
+/* End a mark with `L9 H6 " to"_14: 0.2541`, which a browser shows above it. */
+static void end_mark(FILE *f, const Figure *g, const char *tag) {
+    const double v = g->t.values[g->i];
+
+    fputs("<title>", f);
+    put_ways(f, g, FACET, COL, 1);
+    fprintf(f, ": %.4g</title></%s>\n", isnan(v) ? fabs(v) : v, tag); /* fabs: never "-nan" */
+}
+
+/* Round numbers (1, 2 or 5 times a power of ten apart) from lo at y + height to hi at y, each with
+   a tick: to the right of x where side is 1, to the left where it is -1. */
+static void draw_numbers(FILE *f, const Scale *s, double x, double y, double height, int side) {
+    const double half = s->hi / 2 - s->lo / 2, ten = pow(10, floor(log10(half)));
+    const double step = ten * (half / ten > 5 ? 5 : half / ten > 2 ? 2 : 0.5);
+    double at, value = ceil(s->lo / step - 1e-6) * step;
+
+    for (; value <= s->hi + step * 1e-6; value += step) {
+        at = y + height * (1 - scale_place(s, value));
+        fprintf(f, "<path d='M%g %gh%d' stroke='currentColor'/><text x='%g' y='%g' "
+                "text-anchor='%s'>%.4g</text>\n", x, at, 4 * side, x + 7 * side, at + 4,
+                side < 0 ? "end" : "start", fabs(value) < step / 2 ? 0.0 : value);
     }
 }
 
 /* A colour bar in strips: a gradient would need a name, and a page holds many figures. */
-static void svg_bar(FILE *f, const Scale *s, double x, double y, double height) {
+static void draw_bar(FILE *f, const Scale *s, double x, double y, double height) {
+    const Scale places = {0, 1, s->n, s->stops};
     unsigned char c[3];
-    int i, n = 80;
+    int i;
 
-    fputs("<g shape-rendering='crispEdges'>", f);
-    for (i = 0; i < n; i++) {
-        scale_colour(s, s->hi + (s->lo / 2 - s->hi / 2) * ((2 * i + 1.0) / n), c);
-        fprintf(f, "<path d='M%.7g %.7gh12v%.4gh-12z' fill='#%02x%02x%02x'/>\n", x,
-                y + height * i / n, height / n, c[0], c[1], c[2]);
+    for (i = 0; i < 80; i++) {
+        scale_colour(&places, 1 - (i + 0.5) / 80, c);
+        fprintf(f, "<path d='M%g %gh12v%gh-12z' fill='#%02x%02x%02x'/>\n", x, y + height * i / 80,
+                height / 80, c[0], c[1], c[2]);
     }
-    fputs("</g>", f);
-    svg_numbers(f, s->lo, s->hi, x + 12, y, height, -4);
+    draw_numbers(f, s, x + 12, y, height, 1);
 }
 
-/* `L9 H6 " to"_14: 0.2541`, which a browser shows above the mark that this stands in. */
-static void svg_tooltip(FILE *f, const Figure *fig, size_t panel, size_t row, size_t col,
-                        double value) {
-    fputs("<title>", f);
-    if (svg_span(f, fig, &fig->panel, panel, 1, " ") > 0)
-        fputc(' ', f);
-    if (svg_span(f, fig, &fig->row, row, 1, " ") > 0)
-        fputc(' ', f);
-    svg_span(f, fig, &fig->col, col, 1, " ");
-    fprintf(f, ": %.4g</title>", isnan(value) ? fabs(value) : value); /* fabs: never "-nan" */
+/* The label of a row, left of its first cell, or of a column, below its panel; there turned where
+   the longest does not fit. With the first one the names of the axes. */
+static void draw_label(FILE *f, const Figure *g, int way) {
+    const int below = way == COL, turned = below && g->room[COL] + 2 > g->w;
+    const double x = g->x, y = below ? g->y + g->panel_h : g->y;
+    const char *comma = "";
+    int k;
+
+    fprintf(f, "<text transform='translate(%g %g)%s' dy='.35em' text-anchor='%s'>",
+            below ? x + g->w / 2 : x - 5, below ? y + (turned ? 5 : 10) : y + g->h / 2,
+            turned ? " rotate(-90)" : "", below && !turned ? "middle" : "end");
+    put_ways(f, g, way, way, 0);
+    fputs("</text>\n", f);
+    if (g->at[way] > 0)
+        return;
+    fprintf(f, "<text transform='translate(%g %g)%s' text-anchor='middle' font-size='12'>",
+            below ? x + g->panel_w / 2 : x - g->room[ROW] - 14,
+            below ? y + (turned ? g->room[COL] : 12) + 20 : y + g->panel_h / 2,
+            below ? "" : " rotate(-90)");
+    for (k = 0; k < g->t.rank; k++)
+        if (g->way[k] == way) {
+            fprintf(f, "%s%s", comma, paper_name(g->t.axis[k].name, 1, ""));
+            comma = ", ";
+        }
+    fputs("</text>\n", f);
 }
 
-/* A panel of cells, with their values where the widest fits; digits as the scale's end needs. */
-static void svg_cells(FILE *f, const Figure *fig, const Scale *s, size_t panel, double x,
-                      double y) {
-    double most = fmax(fabs(s->lo), fabs(s->hi)), value, left, top;
-    int digits = most < 0.1 ? 3 : most < 10 ? 2 : most < 100 ? 1 : 0;
-    double tiny = 0.5 * pow(10, -digits);
-    int shown = fig->w >= 5 * snprintf(NULL, 0, "%.*f", digits, -most) + 1 && fig->h >= 12;
+/* A cell, with its value where the widest fits; digits as the scale's end needs. */
+static void draw_cell(FILE *f, const Figure *g) {
+    const double v = g->t.values[g->i], most = fmax(fabs(g->scale.lo), fabs(g->scale.hi));
+    const int digits = most < 0.1 ? 3 : most < 10 ? 2 : most < 100 ? 1 : 0;
+    const int width = 5 * snprintf(NULL, 0, "%.*f", digits, -most);
     unsigned char c[3];
-    size_t i, j;
 
-    fputs("<g shape-rendering='crispEdges' font-size='9' text-anchor='middle'>\n", f);
-    for (i = 0; i < fig->row.size; i++)
-        for (j = 0; j < fig->col.size; j++) {
-            value = figure_value(fig, panel, i, j);
-            left = x + fig->w * (double)j;
-            top = y + fig->h * (double)i;
-            scale_colour(s, value, c);
-            fprintf(f, "<rect x='%.7g' y='%.7g' width='%g' height='%g' fill='#%02x%02x%02x'>", left,
-                    top, fig->w, fig->h, c[0], c[1], c[2]);
-            svg_tooltip(f, fig, panel, i, j, value);
-            fputs("</rect>\n", f);
-            if (shown && fabs(value) <= most)
-                fprintf(f, "<text x='%.7g' y='%.7g' fill='%s' pointer-events='none'>%.*f</text>\n",
-                        left + fig->w / 2, top + fig->h / 2 + 3,
-                        3 * c[0] + 6 * c[1] + c[2] < 1400 ? "#fff" : "#222", digits,
-                        fabs(value) < tiny ? 0.0 : value); /* never "-0.00" */
-        }
-    fputs("</g>\n", f);
+    scale_colour(&g->scale, v, c);
+    fprintf(f, "<rect x='%g' y='%g' width='%g' height='%g' fill='#%02x%02x%02x'>", g->x, g->y, g->w,
+            g->h, c[0], c[1], c[2]);
+    end_mark(f, g, "rect");
+    if (width < g->w && g->h >= 12 && fabs(v) <= most)
+        fprintf(f, "<text x='%g' y='%g' fill='%s' font-size='9' text-anchor='middle' "
+                "pointer-events='none'>%.*f</text>\n", g->x + g->w / 2, g->y + g->h / 2 + 3,
+                3 * c[0] + 6 * c[1] + c[2] < 1400 ? "#fff" : "#222", digits,
+                fabs(v) < 0.5 * pow(10, -digits) ? 0.0 : v); /* never "-0.00" */
 }
 
-static const char *const line_colours[] = {"#3579bd", "#c8443f", "#3f9b57",
-                                           "#8d5fb0", "#d9822b", "#808080"};
+static double figure_y(const Figure *g, double value) {
+    return g->y + g->panel_h * (1 - scale_place(&g->scale, value));
+}
 
-/* A panel of lines: a point for each finite value; the others interrupt the line. */
-static void svg_lines(FILE *f, const Figure *fig, const Scale *s, size_t panel, double x,
-                      double y) {
-    double value, half = s->hi / 2 - s->lo / 2, at_x, at_y, before_x = 0, before_y = nan("");
-    size_t i, j;
+/* A point, joined to the one before it, the last value of the table; infinities and NaN interrupt
+   the line. With the first of a line its name beside the panels, where there are several lines. */
+static void draw_point(FILE *f, const Figure *g) {
+    static const char *const colours[] = {"#3579bd", "#c8443f", "#3f9b57", "#8d5fb0", "#d9822b",
+                                          "#808080"}; /* a trace averages over six groups */
+    const char *colour = colours[g->at[ROW] % 6];
+    const double v = g->t.values[g->i], was = g->at[COL] ? g->t.values[g->i - 1] : (double)NAN;
+    const double x = g->x + g->w / 2, key = g->x + g->panel_w + 14;
+    const double line = g->y + 18 * (double)g->at[ROW];
 
-    for (i = 0; i < fig->row.size; i++, before_y = nan("")) {
-        fprintf(f, "<g color='%s' stroke='currentColor'>\n", line_colours[i % 6]);
-        for (j = 0; j < fig->col.size; j++, before_x = at_x, before_y = at_y) {
-            value = figure_value(fig, panel, i, j);
-            at_x = x + fig->w * ((double)j + 0.5);
-            at_y = isfinite(value) ? y + fig->panel_h * ((s->hi / 2 - value / 2) / half) : nan("");
-            if (isnan(at_y))
-                continue;
-            if (j > 0 && !isnan(before_y))
-                fprintf(f, "<path d='M%.7g %.7gL%.7g %.7g'/>", before_x, before_y, at_x, at_y);
-            fprintf(f, "<circle cx='%.7g' cy='%.7g' r='2.5' stroke='none'>", at_x, at_y);
-            svg_tooltip(f, fig, panel, i, j, value);
-            fputs("</circle>\n", f);
-        }
-        fputs("</g>\n", f);
+    if (isfinite(v) && isfinite(was))
+        fprintf(f, "<path d='M%g %gL%g %g' stroke='%s'/>\n", x - g->w, figure_y(g, was), x,
+                figure_y(g, v), colour);
+    if (isfinite(v)) {
+        fprintf(f, "<circle cx='%g' cy='%g' r='2.5' fill='%s'>", x, figure_y(g, v), colour);
+        end_mark(f, g, "circle");
     }
-}
-
-/* What stands beside the panels on the right: the colour bar, or what the lines are. */
-static void svg_key(FILE *f, const Figure *fig, const Scale *s, double x, double y) {
-    size_t i;
-
-    if (!fig->lines)
-        svg_bar(f, s, x, y, within(fig->panel_h, 100, 300));
-    for (i = 0; fig->lines && fig->row.n > 0 && i < fig->row.size; i++) {
-        fprintf(f, "<path d='M%.7g %.7gh16' stroke='%s'/><text x='%.7g' y='%.7g'>", x,
-                y + 8 + 18 * (double)i, line_colours[i % 6], x + 21, y + 12 + 18 * (double)i);
-        svg_span(f, fig, &fig->row, i, 1, "");
+    if (g->at[COL] == 0 && g->at[FACET] + 1 == g->across && g->axes[ROW] > 0) {
+        fprintf(f, "<path d='M%g %gh16' stroke='%s'/><text x='%g' y='%g'>", key, line + 8, colour,
+                key + 21, line + 12);
+        put_ways(f, g, ROW, ROW, 1);
         fputs("</text>\n", f);
     }
 }
 
-/* Panel number p: heading, marks, frame, and labels where it stands at the left or the bottom. */
-static void svg_panel(FILE *f, const Figure *fig, size_t p) {
-    double x = fig->left + (double)(p % fig->across) * (fig->panel_w + fig->gap);
-    double y = TITLE + fig->head + (double)(p / fig->across) * (fig->panel_h + fig->head);
-    int leftmost = p % fig->across == 0;
-    Scale s = fig->scale;
-
-    if (fig->own && fig->panel.n > 0) /* of the panels' axes the first is the kind */
-        s = scale_of(fig->t, p * fig->t->axis[0].size / fig->panel.size, fig->range);
-    fprintf(f, "<text x='%.7g' y='%.7g' text-anchor='middle' font-size='12'>", x + fig->panel_w / 2,
-            y - 7);
-    svg_span(f, fig, &fig->panel, p, 1, " ");
-    fputs("</text>\n", f);
-    if (fig->lines && s.lo < 0 && s.hi > 0)
-        fprintf(f, "<path d='M%.7g %.7gh%.7g' stroke='currentColor' stroke-opacity='.4'/>\n", x,
-                y + fig->panel_h * (s.hi / 2 / (s.hi / 2 - s.lo / 2)), fig->panel_w);
-    (fig->lines ? svg_lines : svg_cells)(f, fig, &s, p, x, y);
-    fprintf(f, "<path d='M%.7g %.7gh%.7gv%.7gh-%.7gz' fill='none' stroke='currentColor' "
-               "stroke-opacity='.6'/>\n", x, y, fig->panel_w, fig->panel_h, fig->panel_w);
-    if (leftmost && fig->lines)
-        svg_numbers(f, s.lo, s.hi, x, y, fig->panel_h, 4);
-    else if (leftmost)
-        svg_axis(f, fig, &fig->row, x, y, fig->h, 0);
-    if (p + fig->across >= fig->panel.size)
-        svg_axis(f, fig, &fig->col, x, y + fig->panel_h, fig->w, 1);
-    if (fig->own || p + 1 == fig->across)
-        svg_key(f, fig, &s, x + fig->panel_w + 14, y);
+/* What a panel has before its first mark: title, frame, and numbers, zero line or colour bar. */
+static void draw_panel(FILE *f, Figure *g) {
+    if (g->own)
+        g->scale = scale_of(&g->t, g->index[0], g->t.range);
+    fprintf(f, "<text x='%g' y='%g' text-anchor='middle' font-size='12'>", g->x + g->panel_w / 2,
+            g->y - 7);
+    put_ways(f, g, FACET, FACET, 1);
+    fprintf(f, "</text>\n<path d='M%g %gh%gv%gh%gz' fill='none' stroke='currentColor' "
+            "stroke-opacity='.6'/>\n", g->x - 0.5, g->y - 0.5, g->panel_w + 1, g->panel_h + 1,
+            -g->panel_w - 1);
+    if (g->lines && g->at[FACET] % g->across == 0)
+        draw_numbers(f, &g->scale, g->x, g->y, g->panel_h, -1);
+    if (g->lines && g->scale.lo < 0)
+        fprintf(f, "<path d='M%g %gh%g' stroke='currentColor' stroke-opacity='.4'/>\n", g->x,
+                figure_y(g, 0), g->panel_w);
+    if (g->own || (!g->lines && g->at[FACET] + 1 == g->across))
+        draw_bar(f, &g->scale, g->x + g->panel_w + 14, g->y, within(g->panel_h, BAR, 300));
 }
 
-/* A whole figure. Colours of text and paper are attributes of the outermost kind, so that a page's
-   style may turn them dark. */
-static void svg_figure(FILE *f, const Figure *fig) {
-    size_t p;
+/* A TableWriter. Where the table has no cells, the title is all. Colours of text and paper are
+   attributes of the outermost kind, so that a page's style may turn them dark. */
+static void write_svg(FILE *f, const Table *t) {
+    const size_t n = t->rank > 0 ? table_size(t) : 0;
+    const char *way = t->direction == NULL ? "" : strcmp(t->direction, "noising") == 0
+                      ? ", noising (corrupted into clean)" : ", denoising (clean into corrupted)";
+    Figure g = {0};
+    size_t i;
 
-    fprintf(f, "<svg xmlns='http://www.w3.org/2000/svg' width='%.0f' height='%.0f' "
-               "viewBox='0 0 %.0f %.0f' font-family='Helvetica,Arial,sans-serif' font-size='11' "
-               "color='#222' fill='currentColor' role='figure' aria-label='",
-            fig->width, fig->height, fig->width, fig->height);
-    svg_prose(f, fig->title);
-    fputs("'>\n<rect class='paper' width='100%' height='100%' fill='#fff'/>\n", f);
-    fputs("<text x='16' y='24' font-size='13'>", f);
-    svg_prose(f, fig->title);
-    fputs("</text>\n", f);
-    if (fig->across == 0)
-        fputs("<text x='16' y='48'>no cells</text>\n", f);
-    for (p = 0; fig->across > 0 && p < fig->panel.size; p++)
-        svg_panel(f, fig, p);
+    g.t = *t;
+    g.width = 600;
+    g.height = TOP + 30;
+    snprintf(g.title, sizeof g.title, "%.60s%s%.30s%s%s", t->name, t->metric ? ", " : "",
+             t->metric ? t->metric : "", way, t->normalized ? ", normalized" : "");
+    if (n > 0)
+        figure_plan(&g);
+    fprintf(f, "<svg xmlns='http://www.w3.org/2000/svg' width='%g' height='%g' viewBox='0 0 %g %g' "
+            "style='--w:%gpx' font-family='Helvetica,Arial,sans-serif' font-size='10' color='#222' "
+            "fill='currentColor' shape-rendering='%s'>\n<path class='paper' d='M0 0h%gv%gH0z' "
+            "fill='#fff'/>\n<text x='16' y='24' font-size='13'>", g.width, g.height, g.width,
+            g.height, g.width, g.lines ? "auto" : "crispEdges", g.width, g.height);
+    put_words(f, g.title);
+    fputs(n > 0 ? "</text>\n" : "</text>\n<text x='16' y='48'>no cells</text>\n", f);
+    for (i = 0; n > 0 && i < table_size(&g.t); i++) {
+        figure_go(&g, i);
+        if (g.at[ROW] + g.at[COL] == 0)
+            draw_panel(f, &g);
+        (g.lines ? draw_point : draw_cell)(f, &g);
+        if (!g.lines && g.at[COL] == 0 && g.at[FACET] % g.across == 0)
+            draw_label(f, &g, ROW);
+        if (g.at[ROW] == 0 && g.at[FACET] + g.across >= g.size[FACET])
+            draw_label(f, &g, COL);
+    }
     fputs("</svg>\n", f);
 }
 
-/* A TableWriter. */
-static void write_svg(FILE *f, const Table *t) {
-    Figure fig;
-
-    figure_plan(&fig, t, 0);
-    svg_figure(f, &fig);
-}
-
-/* ---- 12.8 HTML: one page that holds all ---------------------------------------------------------
+/* ---- 12.9 HTML: one page that holds all --------------------------------------------------------
    Everything can be read without script: settings, figures, each prompt's tokens, and each head's
    pattern as a thumbnail. The script adds choosing a prompt, enlarging a head, following a token.
    It takes tokens and weights from what stands in the page already, as text, so that there is no
@@ -5920,337 +5803,232 @@ static void write_svg(FILE *f, const Table *t) {
    request. */
 
 typedef struct Page {
-    const char *title;
-    const char *json_settings; /* a JSON object, NULL: none */
-    const char *const *prose;  /* [n_prose] paragraphs below the title */
-    size_t n_prose;
-    const Table *tables; /* [n_tables], a figure each */
-    size_t n_tables;
-    double range; /* of the figures, 0: from their values */
-    /* Logit differences of the prompts, [n_examples, 2]: clean, corrupted. */
-    size_t n_examples;
-    int has_corrupted;
-    const double *differences;
-    const char *const *prompts; /* [n_examples] texts of the clean prompts, NULL: none */
-    /* Attention: [n_attention, n_heads, n_tokens, n_tokens], the last one the source. */
-    size_t n_attention, n_heads, n_tokens;
-    const float *attention;
-    const char *const *head_names; /* [n_heads] "L9H6" */
-    const char *const *tokens;     /* [n_attention, n_tokens] */
+    const char *title, *json_settings; /* the latter a JSON object; NULL: none */
+    const char *const *prose;          /* [n_prose] paragraphs below the title */
+    const Table *tables;               /* [n_tables], a figure each */
+    const double *differences;         /* [n_examples, 2] logit differences: clean, corrupted */
+    const char *const *prompts;        /* [n_examples] texts of the clean prompts, NULL: none */
+    const float *attention;            /* [n_attention, n_heads, n_tokens, n_tokens], source last */
+    const char *const *head_names;     /* [n_heads] "L9H6" */
+    const char *const *tokens;         /* [n_attention, n_tokens] */
     const size_t *token_bytes;
+    size_t n_prose, n_tables, n_examples, n_attention, n_heads, n_tokens;
+    int has_corrupted;
 } Page;
 
-static const char *const page_style[] = {
-    ":root { --paper: #fff; --ink: #222; --line: #ccc; --blue: 33 102 172; --red: 178 24 43;",
-    "  color-scheme: light dark; }",
-    "@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --ink: #ddd; --line: #444;",
-    "  --blue: 103 173 235; --red: 240 110 100; } }",
-    "body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);",
-    "  max-width: 1500px; margin: 0 auto; padding: 1rem 1.5rem; }",
-    "h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; } h3 { font-size: 1rem; }",
-    "p { max-width: 50rem; }",
-    "pre, #prompts :nth-child(4) { white-space: pre-wrap; overflow-wrap: anywhere; }",
-    ".scroll { overflow: auto; max-height: 40rem; }",
-    "table { border-collapse: collapse; }",
-    "#prompts th, #prompts td { padding: .2rem .7rem; border-bottom: 1px solid var(--line);",
-    "  text-align: right; font-variant-numeric: tabular-nums; }",
-    "#prompts :nth-child(4) { text-align: left; }",
-    "figure { margin: 1rem 0; overflow-x: auto; }",
-    "figure svg { color: inherit; height: auto;",
-    "  width: max(min(100%, var(--w)), calc(var(--w) * .7)); }",
-    "figure .paper { fill: none; }",
-    "button, select { font: inherit; color: inherit; background: none; }",
-    "button:enabled { cursor: pointer; }",
-    "option { background: var(--paper); }",
-    "[aria-pressed=true], .at { outline: 2px solid var(--ink); }",
-    ".tokens { display: flex; flex-wrap: wrap; gap: 4px; padding: 0; list-style: none;",
-    "  line-height: 1.25; }",
-    ".tokens > *, .matrix th { white-space: pre; max-width: 15rem; overflow: hidden;",
-    "  text-overflow: ellipsis; padding: 0 5px; }",
-    ".tokens > * { border: 1px solid var(--line); border-radius: 3px; }",
-    ".tokens small { display: block; text-align: right; font-size: 10px; height: 1.3em; }",
-    ".strong { color: var(--paper); }",
-    ".heads { display: grid; grid-template-columns: repeat(auto-fill, minmax(68px, 1fr));",
-    "  gap: 6px; padding: 2px; }",
-    ".heads button { padding: 2px; border: 0; border-radius: 3px; font-size: 12px; }",
-    ".heads svg { display: block; width: 100%; outline: 1px solid var(--line); }",
-    ".heads path { stroke: rgb(var(--blue)); }",
-    ".live .prompt > h3, .live .prompt > .tokens { display: none; }",
-    ".live .heads { max-height: 85vh; overflow: auto; }",
-    "@media (min-width: 1100px) {",
-    "  .live { display: grid; grid-template-columns: 1fr 1fr; gap: 2rem; } }",
-    "#view { min-width: 0; }",
-    "#said { min-height: 4.5em; }",
-    ".matrix { font-size: 12px; margin: 2px; }",
-    ".matrix td { min-width: 20px; height: 20px; padding: 0; border: 1px solid var(--line); }",
-    ".matrix th { font-weight: normal; text-align: right; }",
-    ".matrix thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left;",
-    "  padding: 5px 0; max-width: none; max-height: 11rem; }"};
+static const char PAGE_HEAD[] =
+    "<!DOCTYPE html><html lang='en'><meta charset='utf-8'><link rel='icon' href='data:,'>\n"
+    "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:;\n"
+    "  style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
+    "<meta name='viewport' content='width=device-width'>\n"
+    "<style>\n"
+    ":root { color-scheme: light dark; --blue: 67 138 200; --red: 210 82 74; }\n"
+    "body { font: 15px/1.5 system-ui, sans-serif; color: CanvasText; background: Canvas;\n"
+    "  max-width: 1500px; margin: auto; padding: 1rem; }\n"
+    "p { max-width: 50rem; } figure { margin: 2rem 0; overflow-x: auto; } .paper { fill: none; }\n"
+    "figure svg { color: inherit; width: max(min(100%, var(--w)), .7 * var(--w)); height: auto; }\n"
+    ".scroll { overflow: auto; max-height: 40rem; }\n"
+    "pre, td { white-space: pre-wrap; overflow-wrap: anywhere; }\n"
+    "table { border-collapse: collapse; font-variant-numeric: tabular-nums; }\n"
+    "th, td, .tokens > *, .heads svg { border: 1px solid #8886; padding: 0 .5em; }\n"
+    "td { text-align: right; } td:nth-child(4) { text-align: left; }\n"
+    "button { font: inherit; color: inherit; background: none; border: 0; }\n"
+    ".at, [aria-pressed=true] { outline: 2px solid; }\n"
+    ".tokens { display: flex; flex-wrap: wrap; gap: 4px; padding: 0; list-style: none; }\n"
+    ".tokens > *, .matrix th { white-space: pre; overflow: hidden; text-overflow: ellipsis;\n"
+    "  max-width: 15rem; max-height: 11rem; }\n"
+    /* Room for any number from the start: else tokens would move away below the mouse. */
+    ".tokens small { display: block; min-width: 4ch; height: 1.5em; text-align: right; }\n"
+    ".heads { display: grid; grid-template-columns: repeat(auto-fill, minmax(68px, 1fr));\n"
+    "  gap: 4px; padding: 2px; }\n"
+    ".heads button, .heads svg { padding: 0; } .heads path { stroke: rgb(var(--blue)); }\n"
+    ".matrix { font-size: 12px; margin: 2px; }\n"
+    ".matrix th { font-weight: normal; text-align: right; border: 0; padding: 2px; }\n"
+    ".matrix td { min-width: 20px; height: 20px; padding: 0; }\n"
+    ".matrix thead th { writing-mode: vertical-rl; rotate: 180deg; text-align: left; }\n"
+    ".live .prompt > :not(.heads) { display: none; }\n"
+    ".live .heads { max-height: 85vh; overflow: auto; }\n"
+    "@media (min-width: 1100px) {\n"
+    "  .live { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 2rem; } }\n"
+    "</style>\n";
 
-static const char *const page_script[] = {
-    "'use strict';",
-    "(function () {",
-    "  const find = (root, css) => Array.from(root.querySelectorAll(css));",
-    "  const add = (parent, tag, text) => {",
-    "    const node = parent.appendChild(document.createElement(tag));",
-    "    node.textContent = text; // a token is text, never markup",
-    "    return node;",
-    "  };",
-    "  const root = document.getElementById('attention');",
-    "  const view = document.getElementById('view');",
-    "  const choose = document.getElementById('choose');",
-    "  const said = document.getElementById('said');",
-    "  const prompts = find(root, '.prompt');",
-    "  const heads = prompts.map(prompt => find(prompt, '.heads button'));",
-    "  const digits = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/';",
-    "  let shown = 0, pinned = -1, data, words, chips, rows;",
-    "",
-    "  // What token d gives to token s: two digits each, row d has d + 1 of them, 4095 is 1.",
-    "  const weight = (d, s) => {",
-    "    const at = d * (d + 1) + 2 * s;",
-    "    return (digits.indexOf(data[at]) * 64 + digits.indexOf(data[at + 1])) / 4095;",
-    "  };",
-    "  const name = i => '\\u201c' + words[i] + '\\u201d_' + i;",
-    "  const largest = pairs => pairs.filter(([w]) => w >= .01)",
-    "    .sort((a, b) => b[0] - a[0]).slice(0, 4)",
-    "    .map(([w, i]) => name(i) + ' ' + w.toFixed(3)).join(', ') || 'nothing above 0.01';",
-    "",
-    "  // Show what token i attends to, in blue, and what attends to it, in red.",
-    "  const follow = i => {",
-    "    const pairs = words.map((_, j) => [j <= i ? weight(i, j) : weight(j, i), j]);",
-    "    pairs.forEach(([w, j]) => {",
-    "      chips[j].style.background = `rgb(var(${j <= i ? '--blue' : '--red'}) / ${w})`;",
-    "      chips[j].classList.toggle('strong', w > .6);",
-    "      chips[j].classList.toggle('at', j === i);",
-    "      chips[j].setAttribute('aria-pressed', j === pinned);",
-    "      chips[j].lastChild.textContent = w < .005 ? '' : w.toFixed(2);",
-    "      rows[j].classList.toggle('at', j === i);",
-    "    });",
-    "    said.textContent = `${name(i)} attends to ${largest(pairs.slice(0, i + 1))}. ` +",
-    "      `Attending to it: ${largest(pairs.slice(i))}.`;",
-    "  };",
-    "",
-    "  // Enlarge the head: its tokens, and its pattern with destinations down and sources across.",
-    "  const show = () => {",
-    "    const chosen = choose.selectedIndex, button = heads[chosen][shown];",
-    "    const line = view.querySelector('.tokens'), matrix = view.querySelector('.matrix');",
-    "    data = button.dataset.weights;",
-    "    words = find(prompts[chosen], '.tokens > li').map(li => li.textContent);",
-    "    prompts.forEach((p, i) => { p.hidden = i !== chosen; });",
-    "    heads[chosen].forEach(b => b.setAttribute('aria-pressed', b === button));",
-    "    view.querySelector('h3').textContent = button.textContent.trim();",
-    "    line.textContent = matrix.textContent = '';",
-    "    const top = add(add(matrix, 'thead', ''), 'tr', '');",
-    "    add(top, 'th', '');",
-    "    chips = words.map((word, i) => {",
-    "      const chip = add(line, 'button', word);",
-    "      chip.type = 'button';",
-    "      chip.dataset.at = i;",
-    "      add(chip, 'small', '');",
-    "      add(top, 'th', word + '_' + i);",
-    "      return chip;",
-    "    });",
-    "    rows = words.map((word, d) => {",
-    "      const row = add(matrix, 'tr', '');",
-    "      row.dataset.at = d;",
-    "      add(row, 'th', word + '_' + d);",
-    "      for (let s = 0; s <= d; s++) {",
-    "        const cell = add(row, 'td', '');",
-    "        cell.style.background = `rgb(var(--blue) / ${weight(d, s)})`;",
-    "        cell.title = `${name(d)} to ${name(s)}: ${weight(d, s).toFixed(3)}`;",
-    "      }",
-    "      return row;",
-    "    });",
-    "    follow(pinned < 0 ? words.length - 1 : pinned);",
-    "  };",
-    "",
-    "  // Pointing at a token or moving to it follows it; a click keeps it, another lets it go.",
-    "  const point = event => {",
-    "    const target = event.target.closest('[data-at]');",
-    "    const at = target ? Number(target.dataset.at) : -1;",
-    "    if (at < 0 || event.type !== 'click' && pinned >= 0) return;",
-    "    if (event.type === 'click') pinned = pinned === at ? -1 : at;",
-    "    follow(at);",
-    "  };",
-    "  for (const type of ['pointerover', 'focusin', 'click'])",
-    "    view.addEventListener(type, point);",
-    "  root.addEventListener('click', event => {",
-    "    const button = event.target.closest('.heads button');",
-    "    if (!button) return;",
-    "    shown = heads[choose.selectedIndex].indexOf(button);",
-    "    show();",
-    "    view.scrollIntoView({block: 'nearest'});",
-    "  });",
-    "  prompts.forEach(prompt => add(choose, 'option', prompt.querySelector('h3').textContent));",
-    "  choose.addEventListener('change', () => { pinned = -1; show(); });",
-    "  heads.flat().forEach(button => { button.disabled = false; });",
-    "  root.classList.add('live');",
-    "  view.hidden = false;",
-    "  show();",
-    "}());"};
+static const char PAGE_VIEWER[] =
+    "<script type='module'>\n" /* which runs when the page has been read */
+    "const find = (root, css) => [...root.querySelectorAll(css)];\n"
+    "const add = (parent, tag, textContent, more) => // a token is text, never markup\n"
+    "  Object.assign(parent.appendChild(document.createElement(tag)), {textContent, ...more});\n"
+    "const [root, view, choose, title, line, said, matrix] = find(document,\n"
+    "  '#attention, #view, #choose, #view h3, #view .tokens, #said, .matrix'); // in this order\n"
+    "const prompts = find(root, '.prompt'), heads = prompts.map(p => find(p, 'button'));\n"
+    "let shown = 0, pinned = -1, data, words, chips, rows;\n"
+    "const weight = (d, s) => data[d * (d + 1) / 2 + s] / 1000; // what token d gives to token s\n"
+    "const colour = (hue, w) => `background: rgb(var(${hue}) / ${w})`;\n"
+    "const name = i => `\\u201c${words[i]}\\u201d_${i}`;\n"
+    "const largest = pairs => pairs.filter(([w]) => w >= .01).sort((a, b) => b[0] - a[0])\n"
+    "  .slice(0, 4).map(([w, i]) => `${name(i)} ${w.toFixed(3)}`).join(', ') || 'nothing';\n"
+    "// Show what token i attends to, in blue, and what attends to it, in red.\n"
+    "const follow = i => {\n"
+    "  const pairs = words.map((_, j) => [j > i ? weight(j, i) : weight(i, j), j]);\n"
+    "  for (const [w, j] of pairs) {\n"
+    "    chips[j].style = colour(j > i ? '--red' : '--blue', .7 * w); // its text stays legible\n"
+    "    chips[j].className = rows[j].className = j === i ? 'at' : '';\n"
+    "    chips[j].ariaPressed = j === pinned;\n"
+    "    chips[j].lastChild.textContent = w < .005 ? '' : w.toFixed(2);\n"
+    "  }\n"
+    "  said.textContent = `${name(i)} attends to ${largest(pairs.slice(0, i + 1))}. ` +\n"
+    "    `Attending to it: ${largest(pairs.slice(i))}.`;\n"
+    "};\n"
+    "// Enlarge the head: its tokens, and its pattern with destinations down and sources across.\n"
+    "const show = () => {\n"
+    "  const chosen = choose.selectedIndex, button = heads[chosen][shown];\n"
+    "  data = button.dataset.weights.split(' ');\n"
+    "  words = find(prompts[chosen], 'li').map(item => item.textContent);\n"
+    "  prompts.forEach((prompt, i) => { prompt.hidden = i !== chosen; });\n"
+    "  heads[chosen].forEach(other => { other.ariaPressed = other === button; });\n"
+    "  title.textContent = button.textContent;\n"
+    "  line.textContent = matrix.textContent = '';\n"
+    "  chips = words.map(word => add(line, 'button', word));\n"
+    "  chips.forEach(chip => add(chip, 'small'));\n"
+    "  const top = add(add(matrix, 'thead'), 'tr');\n"
+    "  ['', ...words].forEach((word, i) => add(top, 'th', i ? `${word}_${i - 1}` : ''));\n"
+    "  rows = words.map((word, d) => {\n"
+    "    const row = add(matrix, 'tr');\n"
+    "    add(row, 'th', `${word}_${d}`);\n"
+    "    for (let s = 0; s <= d; s++)\n"
+    "      add(row, 'td', '', {style: colour('--blue', weight(d, s)),\n"
+    "        title: `${name(d)} to ${name(s)}: ${weight(d, s).toFixed(3)}`});\n"
+    "    return row;\n"
+    "  });\n"
+    "  follow(pinned < 0 ? words.length - 1 : pinned);\n"
+    "};\n"
+    "// Pointing at a token or moving to it follows it; a click keeps it, another lets it go.\n"
+    "const point = ({target, type}) => {\n"
+    "  const at = [...chips, ...rows].indexOf(target.closest('button, tr')) % words.length;\n"
+    "  if (at < 0 || pinned >= 0 && type !== 'click') return;\n"
+    "  if (type === 'click') pinned = pinned === at ? -1 : at;\n"
+    "  follow(at);\n"
+    "};\n"
+    "for (const type of ['pointerover', 'focusin', 'click']) view.addEventListener(type, point);\n"
+    "heads.forEach(list => list.forEach((button, i) => Object.assign(button, {disabled: false,\n"
+    "  onclick() { shown = i; show(); view.scrollIntoView({block: 'nearest'}); }})));\n"
+    "prompts.forEach((_, i) => add(choose, 'option', `Example ${i}`));\n"
+    "choose.onchange = () => { pinned = -1; show(); };\n"
+    "root.className = 'live';\n"
+    "view.hidden = false;\n"
+    "show();\n"
+    "</script>\n"
+    "<h2>Attention</h2><div id='attention'><div id='view' hidden>\n"
+    "<label>Prompt <select id='choose'></select></label><h3></h3><div class='tokens'></div>\n"
+    "<p id='said' aria-live='polite'></p><div class='scroll'><table class='matrix'></table></div>\n"
+    "<p>Point at a token, or move to it with Tab: blue is what it attends to, red what attends to\n"
+    "it; a click keeps it. The rows of the pattern are destinations.</p></div><div>\n";
 
-static void put_lines(FILE *f, const char *const *lines, size_t n) {
-    size_t i;
-
-    for (i = 0; i < n; i++)
-        fprintf(f, "%s\n", lines[i]);
-}
-
-/* A JSON object, broken into lines before quotes, which is where members begin. */
-static void page_settings(FILE *f, const char *json) {
-    const char *comma;
-
-    while ((comma = strstr(json, ",\"")) != NULL) {
-        svg_text(f, json, (size_t)(comma - json) + 1, ALL, 1);
-        fputs("\n ", f);
-        json = comma + 1;
-    }
-    svg_prose(f, json);
+static void put_element(FILE *f, const char *tag, const char *words) {
+    fprintf(f, "<%s>", tag);
+    put_words(f, words);
+    fprintf(f, "</%s>\n", tag);
 }
 
 /* What every prompt gave unpatched, and the means. */
 static void page_differences(FILE *f, const Page *page) {
-    size_t i, k, n = page->n_examples, columns = page->has_corrupted ? 2 : 1;
+    const size_t n = page->n_examples, runs = page->has_corrupted ? 2 : 1;
     double value, sum[2] = {0, 0};
+    size_t i, k;
 
-    fprintf(f, "<h2>Logit differences</h2>\n<div class='scroll' tabindex='0'><table id='prompts'>\n"
+    fprintf(f, "<h2>Logit differences</h2><div class='scroll' tabindex='0'><table>\n"
                "<tr><th>Example</th><th>clean</th>%s%s</tr>\n",
-            columns > 1 ? "<th>corrupted</th>" : "", page->prompts ? "<th>prompt</th>" : "");
+            runs > 1 ? "<th>corrupted</th>" : "", page->prompts ? "<th>prompt</th>" : "");
     for (i = 0; i <= n; i++) {
         fprintf(f, i < n ? "<tr><td>%lu</td>" : "<tr><td>mean</td>", (unsigned long)i);
-        for (k = 0; k < columns; k++) {
+        for (k = 0; k < runs; k++) {
             value = i < n ? page->differences[2 * i + k] : sum[k] / (double)n;
             sum[k] += value;
             fprintf(f, "<td>%.4f</td>", isnan(value) ? fabs(value) : value);
         }
-        if (i < n && page->prompts != NULL) {
-            fputs("<td>", f);
-            svg_prose(f, page->prompts[i]);
-            fputs("</td>", f);
-        }
+        if (page->prompts != NULL)
+            put_element(f, "td", i < n ? page->prompts[i] : "");
         fputs("</tr>\n", f);
     }
     fputs("</table></div>\n", f);
 }
 
-/* A weight of 0..1 in whole steps of 1 / most. */
-static int weight_in(float weight, int most) {
-    return (int)(fmax(0, fmin(1, (double)weight)) * most + 0.5);
-}
-
-/* A head: its weights as the script reads them, two base-64 digits each (12 bits: three decimals,
-   in a third of the room of text); above its name a thumbnail, which is a path of runs of equal
-   cells for each of 8 strengths. GPT-2 is causal: a destination's sources beyond itself have no
+/* A head: its weights in thousandths as the script reads them; above its name a thumbnail, which is
+   a path for each of 8 strengths. GPT-2 is causal: sources beyond their destination have no
    weight, and are neither written nor drawn. */
-static void page_head(FILE *f, const Page *page, const float *pattern, const char *name) {
-    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    const unsigned long n = (unsigned long)page->n_tokens;
-    unsigned long d, s, run;
-    int level, weight, begun;
+static void page_head(FILE *f, const float *pattern, unsigned long n, const char *name) {
+    unsigned long d, s;
+    int level;
 
-    fputs("<button type='button' disabled data-weights='", f);
+    fputs("<button disabled data-weights='", f);
     for (d = 0; d < n; d++)
-        for (s = 0; s <= d; s++) {
-            weight = weight_in(pattern[d * n + s], 4095);
-            fprintf(f, "%c%c", digits[weight >> 6], digits[weight & 63]);
-        }
+        for (s = 0; s <= d; s++)
+            fprintf(f, "%.0f ", 1000 * (double)pattern[d * n + s]);
     fprintf(f, "'><svg viewBox='0 -.5 %lu %lu'>", n, n);
     for (level = 1; level <= 8; level++) {
-        begun = 0;
+        fprintf(f, "<path opacity='%g' d='", level / 8.0);
         for (d = 0; d < n; d++)
-            for (s = 0; s <= d; s += run) {
-                weight = weight_in(pattern[d * n + s], 8);
-                run = 1;
-                while (s + run <= d && weight_in(pattern[d * n + s + run], 8) == weight)
-                    run++;
-                if (weight == level && !begun++)
-                    fprintf(f, "<path opacity='%g' d='", level / 8.0);
-                if (weight == level)
-                    fprintf(f, "M%lu %luh%lu", s, d, run);
-            }
-        fputs(begun ? "'/>" : "", f);
+            for (s = 0; s <= d; s++)
+                if (floor(8 * (double)pattern[d * n + s] + 0.5) == level)
+                    fprintf(f, "M%lu %luh1", s, d);
+        fputs("'/>", f);
     }
     fputs("</svg>", f);
-    svg_prose(f, name);
+    put_words(f, name);
     fputs("</button>\n", f);
 }
 
 /* The viewer, empty until the script fills it, and for each prompt what it is filled from. */
 static void page_attention(FILE *f, const Page *page) {
-    size_t p, i, square = page->n_tokens * page->n_tokens;
+    const size_t n = page->n_tokens;
+    size_t p, i;
 
-    fputs("<h2>Attention</h2>\n<div id='attention'>\n<div id='view' hidden>\n"
-          "<label>Prompt <select id='choose'></select></label>\n<h3></h3>\n"
-          "<div class='tokens'></div>\n<p id='said' aria-live='polite'></p>\n"
-          "<div class='scroll'><table class='matrix'></table></div>\n"
-          "<p>Point at a token, or move to it with Tab: blue is what it attends to, red what "
-          "attends to it; a click keeps it. The rows of the pattern are destinations."
-          "</p>\n</div>\n<div>\n", f);
+    fputs(PAGE_VIEWER, f);
     for (p = 0; p < page->n_attention; p++) {
-        fprintf(f, "<section class='prompt'>\n<h3>Example %lu</h3>\n<ol class='tokens'>",
+        fprintf(f, "<section class='prompt'><h3>Example %lu</h3><ol class='tokens'>\n",
                 (unsigned long)p);
-        for (i = p * page->n_tokens; i < (p + 1) * page->n_tokens; i++) {
+        for (i = p * n; i < (p + 1) * n; i++) {
             fputs("<li>", f);
-            svg_text(f, page->tokens[i], page->token_bytes[i], ALL, 0);
-            fputs("</li>", f);
+            put_text(f, page->tokens[i], page->token_bytes[i], SIZE_MAX);
+            fputs("</li>\n", f);
         }
-        fputs("</ol>\n<div class='heads'>\n", f);
+        fputs("</ol><div class='heads'>\n", f);
         for (i = 0; i < page->n_heads; i++)
-            page_head(f, page, page->attention + (p * page->n_heads + i) * square,
+            page_head(f, page->attention + (p * page->n_heads + i) * n * n, (unsigned long)n,
                       page->head_names[i]);
-        fputs("</div>\n</section>\n", f);
+        fputs("</div></section>\n", f);
     }
-    fputs("</div>\n</div>\n<script>\n", f);
-    put_lines(f, page_script, sizeof page_script / sizeof page_script[0]);
-    fputs("</script>\n", f);
+    fputs("</div></div>\n", f);
 }
 
 /* The whole page; like a TableWriter it reports trouble only through ferror(f). */
 static void write_html(FILE *f, const Page *page) {
-    Figure fig;
     size_t i;
 
-    fputs("<!DOCTYPE html>\n<html lang='en'>\n<meta charset='utf-8'>\n"
-          "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
-          "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
-          "<meta name='viewport' content='width=device-width'>\n<link rel='icon' href='data:,'>\n"
-          "<title>", f);
-    svg_prose(f, page->title);
-    fputs("</title>\n<style>\n", f);
-    put_lines(f, page_style, sizeof page_style / sizeof page_style[0]);
-    fputs("</style>\n<h1>", f);
-    svg_prose(f, page->title);
-    fputs("</h1>\n", f);
-    for (i = 0; i < page->n_prose; i++) {
-        fputs("<p>", f);
-        svg_prose(f, page->prose[i]);
-        fputs("</p>\n", f);
-    }
+    fputs(PAGE_HEAD, f);
+    put_element(f, "title", page->title);
+    put_element(f, "h1", page->title);
+    for (i = 0; i < page->n_prose; i++)
+        put_element(f, "p", page->prose[i]);
     if (page->n_examples > 0)
         page_differences(f, page);
     for (i = 0; i < page->n_tables; i++) {
-        figure_plan(&fig, &page->tables[i], page->range);
-        fprintf(f, "<figure style='--w:%.0fpx'>\n", fig.width);
-        svg_figure(f, &fig);
+        fputs("<figure>\n", f);
+        write_svg(f, &page->tables[i]);
         fputs("</figure>\n", f);
     }
     if (page->n_attention > 0 && page->n_heads > 0 && page->n_tokens > 0)
         page_attention(f, page);
     if (page->json_settings != NULL) {
-        fputs("<h2>Settings</h2>\n<pre>", f);
-        page_settings(f, page->json_settings);
-        fputs("</pre>\n", f);
+        put_element(f, "h2", "Settings");
+        put_element(f, "pre", page->json_settings);
     }
     fputs("</html>\n", f);
 }
 
 /* The tables of one call, for FORMATS. */
 static void write_html_tables(FILE *f, const Table *tables, size_t n) {
-    Page page = {0};
+    Page page = {.title = "actpatch", .tables = tables, .n_tables = n};
 
-    page.title = "actpatch";
-    page.tables = tables;
-    page.n_tables = n;
     page.json_settings = n > 0 ? tables[0].json_settings : NULL;
     write_html(f, &page);
 }
@@ -9419,7 +9197,6 @@ static patch_status write_page(App *app, const Prompts *p, const char *title, co
     page.json_settings = n > 0 ? tables[0].json_settings : NULL;
     page.tables = tables;
     page.n_tables = n;
-    page.range = app->range;
     TRY(parse_heads(app, "all", 0, "heads", &heads, &n_heads, e));
     TRY(take_attention(app, p, heads, every < PAGE_HEADS ? every : PAGE_HEADS, &page, e));
     TRY(out_open(&o, path, e));

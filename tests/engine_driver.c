@@ -1407,6 +1407,9 @@ static void section_threads(void) {
             }
         patch_model_free(m);
     }
+    for (metric = 0; metric < 12; metric++)
+        free(want[metric / 2][metric % 2]);
+    free(t.cells);
 }
 
 /* Counts what is allocated. The size stands in front, in as much room as keeps the alignment. */

@@ -101,7 +101,9 @@ enum { B = 3, T = 6 };
 /* A model, and a small task for it. */
 typedef struct World {
     const char *path, *folder;
-    unsigned char *bytes; /* of the file, at a multiple of 64 */
+    unsigned char *bytes; /* of the file, at a multiple of 64 in `memory` */
+    void *memory;
+    char folded[4096];    /* path of the folded file */
     size_t n;
     patch_options options;
     patch_model *model;
@@ -130,8 +132,8 @@ static void read_bytes(World *w) {
         die("cannot read the model", NULL);
     rewind(f);
     w->n = (size_t)size;
-    w->bytes = room(w->n + 192, 1);
-    w->bytes += 64 - (uintptr_t)w->bytes % 64; /* never freed: it lives as long as the program */
+    w->memory = room(w->n + 192, 1);
+    w->bytes = (unsigned char *)w->memory + (64 - (uintptr_t)w->memory % 64);
     if (fread(w->bytes, 1, w->n, f) != w->n)
         die("cannot read the model", NULL);
     fclose(f);
@@ -576,16 +578,15 @@ static uint64_t digest_of(World *w, int action) {
 
 static patch_model *open_as(World *w, const char *how, patch_error *e) {
     patch_model *m = NULL;
-    char path[4096];
     patch_status s;
-    size_t shift = strcmp(how, "memory4") == 0 ? 4 : 0;
+    const size_t shift = strcmp(how, "memory4") == 0 ? 4 : 0;
 
     if (strncmp(how, "folded", 6) == 0) {
-        snprintf(path, sizeof path, "%s/for-%s.bin", w->folder, how);
-        if (patch_model_open(w->path, &w->options, &m, e) || patch_model_fold(m, path, e))
+        snprintf(w->folded, sizeof w->folded, "%s/for-%s.bin", w->folder, how);
+        if (patch_model_open(w->path, &w->options, &m, e) || patch_model_fold(m, w->folded, e))
             die(how, e);
         patch_model_free(m);
-        w->path = strcpy(room(strlen(path) + 1, 1), path);
+        w->path = w->folded;
     }
     read_bytes(w);
     memmove(w->bytes + shift, w->bytes, w->n);
@@ -1071,6 +1072,7 @@ int main(int argc, char **argv) {
     w.folder = argc > 3 ? argv[argc - 1] : ".";
     if (strcmp(command, "digests") == 0 && argc == 5) {
         command_digests(&w, argv[3]);
+        free(w.memory);
         return 0;
     }
     if (strcmp(command, "failures") == 0 && argc == 5)
@@ -1081,6 +1083,7 @@ int main(int argc, char **argv) {
         command_sizes(&w);
     else if (strcmp(command, "threads") == 0)
         command_threads(&w);
+    free(w.memory);
     printf("%ld checks, %ld failed\n", n_checks, n_failed);
     return n_failed || !n_checks ? 1 : 0;
 }

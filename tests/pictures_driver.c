@@ -94,7 +94,7 @@ static double *get_doubles(size_t n) {
     return x;
 }
 
-static Table get_table(double *range) {
+static Table get_table(void) {
     Table t;
     int a;
 
@@ -107,7 +107,7 @@ static Table get_table(double *range) {
     t.has_baseline = (int)get_number();
     t.clean = get_double();
     t.corrupted = get_double();
-    *range = get_double();
+    t.range = get_double();
     t.rank = (int)get_number();
     for (a = 0; a < t.rank; a++) {
         t.axis[a].name = get_text(NULL);
@@ -132,7 +132,6 @@ static void draw_page(void) {
     Table *tables;
     size_t i, *bytes, n;
     float *patterns;
-    double range;
 
     memset(&page, 0, sizeof page);
     page.title = get_text(NULL);
@@ -141,10 +140,8 @@ static void draw_page(void) {
     page.prose = as_const(get_texts(page.n_prose, NULL), page.n_prose);
     page.n_tables = get_number();
     page.tables = tables = keep(page.n_tables, sizeof *tables);
-    for (i = 0; i < page.n_tables; i++) {
-        tables[i] = get_table(&range);
-        page.range = range;
-    }
+    for (i = 0; i < page.n_tables; i++)
+        tables[i] = get_table();
     page.n_examples = get_number();
     page.prompts = as_const(get_texts(page.n_examples, NULL), page.n_examples);
     page.has_corrupted = (int)get_number();
@@ -167,24 +164,17 @@ static void draw_page(void) {
 
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "";
-    double range;
 
     if (strcmp(what, "svg") == 0) {
-        Table t = get_table(&range);
-        Figure fig;
+        Table t = get_table();
 
-        if (range > 0) {
-            figure_plan(&fig, &t, range);
-            svg_figure(stdout, &fig);
-        } else {
-            write_svg(stdout, &t);
-        }
+        write_svg(stdout, &t);
     } else if (strcmp(what, "html") == 0) {
         draw_page();
     } else if (strcmp(what, "scale") == 0) {
-        Table t = get_table(&range);
+        Table t = get_table();
         size_t kind = get_number(), n = get_number();
-        Scale s = scale_of(&t, kind, range);
+        Scale s = scale_of(&t, kind, t.range);
 
         for (; n > 0; n--) {
             unsigned char c[3];

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -73,7 +74,8 @@ class Case(unittest.TestCase):
         return {name: self.read(name) for name in os.listdir(self.folder) if os.path.isfile(self.at(name))}
 
     def actpatch(self, *words, **options):
-        return util.actpatch(*words, cwd=self.folder, **options)
+        env = dict({"ACTPATCH_MODEL": util.TINY_MODEL}, **(options.pop("env", None) or {}))
+        return util.actpatch(*words, cwd=self.folder, env=env, **options)
 
     def succeeds(self, *words, **options):
         done = self.actpatch(*words, **options)
@@ -85,6 +87,15 @@ class Case(unittest.TestCase):
         done = self.succeeds(*words, **options)
         self.assertEqual(done.stderr, "", words)
         return done.stdout
+
+    def clone(self):
+        """The program with its bundled files in a place of their own; returns its path."""
+        os.makedirs(self.at("clone/tests/tiny"))
+        os.mkdir(self.at("away"))
+        shutil.copy(util.binary(), self.at("clone/actpatch"))
+        for name in ("model.bin", "ioi.tsv"):
+            shutil.copy(os.path.join(util.TINY, name), self.at("clone/tests/tiny"))
+        return self.at("clone/actpatch")
 
     def fails(self, status, pattern, *words, **options):
         """One line on stderr that the pattern matches, nothing on stdout, the folder as it was."""
@@ -174,16 +185,18 @@ class Usage(Case):
 
     def test_short_help(self):
         """Without arguments, and for -h: all commands, and three lines that work as typed."""
-        text = self.quiet()
-        self.assertEqual(text, self.quiet("-h"))
-        self.assertEqual(text, self.quiet("--help"))
+        program = self.clone()
+        texts = [util.run([program] + words, cwd=self.at("away")) for words in ([], ["-h"], ["--help"])]
+        text = texts[0].stdout
+        for done in texts:
+            self.assertEqual((done.returncode, done.stdout, done.stderr), (0, text, ""))
         for command in COMMANDS:
             self.assertRegex(text, "\n  %s +\\S" % command)
-        lines = [line.strip() for line in text.splitlines() if line.startswith("  %s " % util.binary())]
+        lines = [line.strip() for line in text.splitlines() if line.startswith("  %s " % program)]
         self.assertEqual(len(lines), 3)
         for line in lines:
-            done = subprocess.run(line, shell=True, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            self.assertEqual((done.returncode, done.stderr), (0, b""), line)
+            done = util.run(["sh", "-c", line], cwd=self.at("away"))
+            self.assertEqual((done.returncode, done.stderr), (0, ""), line)
             self.assertGreater(len(done.stdout.splitlines()), 8)
 
     def test_version(self):
@@ -257,11 +270,17 @@ class Models(Case):
 
     def test_which_model(self):
         """-m, else $ACTPATCH_MODEL, else the bundled one."""
-        d_model = {"64": None, "51": {"ACTPATCH_MODEL": model("odd")}}
-        for want, env in d_model.items():
-            self.assertIn("\nd_model\t%s\n" % want, self.quiet("info", env=env))
-        self.assertIn("\nd_model\t18\n", self.quiet("info", "-m", model("scaled"), env=d_model["51"]))
+        program, odd = self.clone(), {"ACTPATCH_MODEL": model("odd")}
+        for want, env, words in (("64", {}, []), ("64", {"ACTPATCH_MODEL": ""}, []), ("51", odd, []),
+                                 ("18", odd, ["-m", model("scaled")])):
+            done = util.run([program, "info"] + words, cwd=self.at("away"), env=env)
+            self.assertIn("\nd_model\t%s\n" % want, done.stdout)
         self.refused("No such file.*, no.bin,", "info", env={"ACTPATCH_MODEL": "no.bin"})
+        os.remove(self.at("clone/tests/tiny/model.bin"))
+        done = util.run([program, "info"], cwd=self.at("away"))
+        if done.returncode:  # else one is installed
+            self.assertEqual((done.returncode, done.stdout), (1, ""))
+            self.assertRegex(done.stderr, "^actpatch: no model is named, .*, -m, give -m MODEL [^\n]*\n$")
 
     def test_info(self):
         """Dimensions, parameters, processing and SHA-256 are the file's and the options'."""
@@ -622,7 +641,8 @@ class Outputs(Case):
         """What could not be printed is an error too."""
         for words in (["info"], ["diff", IOI], ["top", "a"], ["-h"], ["patch", IOI, "--sweep", "resid_pre", "-o", "-"]):
             with open("/dev/full", "wb") as full:
-                done = subprocess.run([util.binary()] + words, stdout=full, stderr=subprocess.PIPE, cwd=self.folder)
+                done = subprocess.run([util.binary()] + words, stdout=full, stderr=subprocess.PIPE, cwd=self.folder,
+                                      env=dict(os.environ, ACTPATCH_MODEL=util.TINY_MODEL))
             self.assertEqual(done.returncode, 1, words)
             self.assertRegex(done.stderr.decode(), "^actpatch: [^\n]*, standard output, [^\n]*\n$")
 
@@ -718,7 +738,7 @@ class Screen(Case):
         fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         environment = {name: value for name, value in os.environ.items()
                        if name not in ("NO_COLOR", "COLORTERM", "COLUMNS", "ACTPATCH_MODEL")}
-        environment.update({"TERM": "xterm-256color"}, **env)
+        environment.update({"TERM": "xterm-256color", "ACTPATCH_MODEL": util.TINY_MODEL}, **env)
         process = subprocess.Popen([util.binary()] + list(words), stdin=subprocess.DEVNULL, stdout=writer,
                                    stderr=subprocess.PIPE, env=environment, cwd=self.folder)
         os.close(writer)

@@ -283,8 +283,14 @@ class HeatMap(unittest.TestCase):
             values = [i / 100 for i in range(60)]
             table = Table(axes, values, tokens=WORDS)
             index = 1 * 20 + 3 * 4 + 2 if axes[1][0] == "pos" else 1 * 20 + 2 * 5 + 3
-            self.assertEqual(self.check(table)[(1 * 4 + 2) * 5 + 3][0],
-                             'L1 H2 " and"_3: %.4g' % values[index])
+            found = self.check(table)
+            self.assertEqual(found[index][0], 'L1 H2 " and"_3: %.4g' % values[index])
+            place = {title.rsplit(":", 1)[0]: (float(cell.get("x")), float(cell.get("y"))) for title, cell in found}
+            x, y = place['L1 H2 " and"_3']
+            self.assertEqual(len({px for px, py in place.values() if py == y}), 5)
+            self.assertEqual(len({py for px, py in place.values() if px == x}), 12)
+            self.assertLess(place['L1 H1 " and"_3'][1], y)
+            self.assertLess(place['L1 H2 " John"_2'][0], x)
             self.assertIn("L1H2", texts(svg(table)))
 
     def test_more_axes(self):
