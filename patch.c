@@ -6636,15 +6636,14 @@ static void sha256_block(uint32_t state[8], const unsigned char *p) {
                (ROTATE(w[i - 15], 7) ^ ROTATE(w[i - 15], 18) ^ w[i - 15] >> 3) +
                (ROTATE(w[i - 2], 17) ^ ROTATE(w[i - 2], 19) ^ w[i - 2] >> 10);
     memcpy(s, state, sizeof s);
-    for (i = 0; i < 64; i++) {
-        const uint32_t one = s[7] + (ROTATE(s[4], 6) ^ ROTATE(s[4], 11) ^ ROTATE(s[4], 25)) +
-                             ((s[4] & s[5]) ^ (~s[4] & s[6])) + k[i] + w[i];
-        const uint32_t two = (ROTATE(s[0], 2) ^ ROTATE(s[0], 13) ^ ROTATE(s[0], 22)) +
-                             ((s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]));
+    for (i = 0; i < 64; i++) { /* s[j] of the specification is s[(j - i) mod 8]: nothing moves */
+        uint32_t *const a = &s[-i & 7], *const d = &s[(3 - i) & 7], *const h = &s[(7 - i) & 7];
+        const uint32_t b = s[(1 - i) & 7], c = s[(2 - i) & 7], e = s[(4 - i) & 7];
+        const uint32_t one = *h + (ROTATE(e, 6) ^ ROTATE(e, 11) ^ ROTATE(e, 25)) +
+                             ((e & s[(5 - i) & 7]) ^ (~e & s[(6 - i) & 7])) + k[i] + w[i];
 
-        memmove(s + 1, s, 7 * sizeof *s);
-        s[4] += one;
-        s[0] = one + two;
+        *d += one;
+        *h = one + (ROTATE(*a, 2) ^ ROTATE(*a, 13) ^ ROTATE(*a, 22)) + ((*a & b) ^ (*a & c) ^ (b & c));
     }
 #undef ROTATE
     for (i = 0; i < 8; i++)

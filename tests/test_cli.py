@@ -696,7 +696,7 @@ class Texts(Case):
     def test_escapes(self):
         """\\n \\t \\r \\\\ and \\xHH for what a line cannot show; characters stay."""
         def shown(text):
-            done = util.run([util.binary(), "tokens", "--no-bos", text], binary_output=True)
+            done = self.actpatch("tokens", "--no-bos", text, binary_output=True)
             self.assertEqual((done.returncode, done.stderr), (0, b""))
             ids, line = done.stdout.split(b"\n")[:2]
             self.assertEqual(len(ids.split()), line.count(b"|") - 1 - text.count("|"))
