@@ -324,8 +324,8 @@ typedef struct Pool {
     size_t bytes, limit, refused; /* refused: the request that could not be met */
 } Pool;
 
-/* n zeroed elements of `size` bytes, or NULL. */
-static void *pool_take(Pool *p, size_t n, size_t size) {
+/* n elements of `size` bytes, not zeroed, or NULL. */
+static void *pool_raw(Pool *p, size_t n, size_t size) {
     size_t bytes = SIZE_MAX;
     Block *b = NULL;
 
@@ -336,7 +336,7 @@ static void *pool_take(Pool *p, size_t n, size_t size) {
         p->refused = bytes;
         return NULL;
     }
-    memset(b, 0, bytes);
+    memset(b, 0, sizeof *b);
     b->link.bytes = bytes;
     b->link.next = p->blocks;
     if (p->blocks != NULL)
@@ -344,6 +344,15 @@ static void *pool_take(Pool *p, size_t n, size_t size) {
     p->blocks = b;
     p->bytes += bytes;
     return b + 1;
+}
+
+/* The same, zeroed. */
+static void *pool_take(Pool *p, size_t n, size_t size) {
+    void *piece = pool_raw(p, n, size);
+
+    if (piece != NULL)
+        memset(piece, 0, n * size);
+    return piece;
 }
 
 /* Give one piece back early; NULL is fine. */
@@ -2999,7 +3008,7 @@ static patch_status pass_begin(Pass *x, const Plan *p, patch_stats *stats, patch
     pattern = pool_take(p->pool, threads * T, sizeof *pattern);
     ok = x->index && x->value_bias && x->attention && rows && pattern;
     for (k = STREAM; ok && k < BESIDE; k++)
-        ok = (x->region[k] = pool_take(p->pool, most[k], sizeof(float))) != NULL;
+        ok = (x->region[k] = pool_raw(p->pool, most[k], sizeof(float))) != NULL;
     for (t = 0; ok && t < threads; t++) {
         x->attention[t].keys = rows + 2 * t * T;
         x->attention[t].values = x->attention[t].keys + T;

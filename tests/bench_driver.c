@@ -7,7 +7,7 @@
 #define PATCH_NO_MAIN
 #include "../patch.c"
 
-#if defined(PATCH_VECTOR) && defined(__x86_64__)
+#ifdef AVX512
 /* 24 chains of multiply-adds: as many as the tile kernel has, enough to hide their latency. */
 #define PEAK(name, target, Vec)                                                                    \
     target static double name(double seconds) {                                                    \
