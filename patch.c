@@ -1024,7 +1024,7 @@ static patch_status tokenizer_encode(const Tokenizer *t, const char *text, size_
    Within a tier the compiler fuses multiply and add or it does not, in vector and scalar code alike
    (gcc outside the ISO modes: wherever the tier has FMA): the plain kernel gives the same bits. */
 
-enum { K_BLOCK = 64, LANES = 16, STEP = 48, MAX_TILE_ROWS = 8 }; /* tiles' columns divide STEP */
+enum { K_BLOCK = 32, LANES = 16, STEP = 48, MAX_TILE_ROWS = 8 }; /* tiles' columns divide STEP */
 
 /* A tile: y [rows,cols] = a [rows,k] . b + bias [cols], with a given as row pointers, b as panels
    [.][k][16], each `panel` floats from the one before it, and y's rows `ldy` floats apart. */
@@ -4999,7 +4999,388 @@ patch_status patch_head_kinds(const patch_model *m, const int *tokens, int n_tok
 }
 #endif /* PATCH_CORE */
 
-/* ==== 12. Writers ================================================================================ */
+/* ==== 12. Writers ================================================================================
+   Files that are whole or not there, the processed model file, a file's SHA-256; then, left out of a
+   library (PATCH_NO_MAIN), tables in every format. */
+
+static const patch_allocator HEAP = {default_alloc, default_free, NULL};
+
+/* ---- 12.10 Files: written whole or not at all ------------------------------------------------ */
+
+/* A file on its way: written beside its target under another name, so that the target is either the
+   old file or the whole new one. */
+typedef struct OutFile {
+    FILE *f;
+    const char *path; /* the caller's */
+    char *temporary;  /* NULL: standard output */
+} OutFile;
+
+/* Give up: nothing stays behind. Also the end of out_close. */
+static void out_drop(OutFile *o) {
+    if (o->f != NULL && o->temporary != NULL) {
+        fclose(o->f);
+        remove(o->temporary);
+    }
+    give(&HEAP, o->temporary);
+    memset(o, 0, sizeof *o);
+}
+
+static patch_status out_fail(OutFile *o, const char *what, patch_error *e) {
+    fail(e, PATCH_E_IO, o->path, "%s: %s; name a file that can be written, or make room", what,
+         errno ? strerror(errno) : "the disk may be full");
+    out_drop(o);
+    return PATCH_E_IO;
+}
+
+/* Begin a file; after an error there is nothing to drop. */
+static patch_status out_open(OutFile *o, const char *path, patch_error *e) {
+    const size_t room = strlen(path) + 16;
+    int i;
+
+    memset(o, 0, sizeof *o);
+    o->path = path;
+    if (strcmp(path, "-") == 0) {
+        o->f = stdout;
+        o->path = "standard output";
+        return PATCH_OK;
+    }
+#ifdef EISDIR
+    if ((o->f = fopen(path, "r+b")) != NULL) /* changes nothing, but refuses a folder */
+        fclose(o->f);
+    else if (errno == EISDIR)
+        return out_fail(o, "cannot be written", e);
+    o->f = NULL;
+#endif
+    if ((o->temporary = take(&HEAP, room, 1)) == NULL)
+        return no_memory(e, path, room);
+    errno = EEXIST;
+    for (i = 0; i < 100 && o->f == NULL && errno == EEXIST; i++) {
+        snprintf(o->temporary, room, "%s.tmp%d", path, i);
+        errno = 0;
+        o->f = fopen(o->temporary, "wbx"); /* x: never over a file that is there */
+    }
+    return o->f == NULL ? out_fail(o, "cannot be written", e) : PATCH_OK;
+}
+
+/* Finish: the file stands whole under its name, or the error says why not and nothing is left. */
+static patch_status out_close(OutFile *o, patch_error *e) {
+    int bad;
+
+    errno = 0;
+    if (fflush(o->f) != 0 || ferror(o->f))
+        return out_fail(o, "could not be written whole", e);
+    if (o->temporary != NULL) {
+        bad = fclose(o->f) != 0;
+        o->f = NULL;
+        if (bad || rename(o->temporary, o->path) != 0) {
+            remove(o->temporary);
+            return out_fail(o, "could not be finished", e);
+        }
+    }
+    out_drop(o);
+    return PATCH_OK;
+}
+
+/* ---- 12.9 The processed flat file (`fold`) ---- */
+
+/* A flat file on its way: tensors are written one after another while their table is filled; the
+   head, which holds the table's checksum, comes last, over zeros. */
+typedef struct FlatFile {
+    FILE *f;
+    ModelFile file;       /* sizes and flags as the new file will have them */
+    unsigned char *table; /* [n_tensors, TABLE_ROW] */
+    size_t n, at;         /* tensors finished, bytes written */
+    uint32_t crc;         /* of the tensor being written */
+} FlatFile;
+
+static void set_little(unsigned char *p, uint64_t value, int n) {
+    int i;
+
+    for (i = 0; i < n; i++)
+        p[i] = (unsigned char)(value >> 8 * i);
+}
+
+static void flat_write(FlatFile *w, const void *bytes, size_t n) {
+    w->crc = crc32_of(w->crc, bytes, n);
+    w->at += fwrite(bytes, 1, n, w->f);
+}
+
+static void flat_floats(FlatFile *w, const float *values, size_t n) {
+    unsigned char bytes[4096];
+    size_t i, j;
+
+    for (i = 0; i < n; i += j) {
+        for (j = 0; j < sizeof bytes / 4 && i + j < n; j++) {
+            uint32_t bits;
+
+            memcpy(&bits, &values[i + j], 4);
+            set_little(bytes + 4 * j, bits, 4);
+        }
+        flat_write(w, bytes, 4 * j);
+    }
+}
+
+static void flat_zeros(FlatFile *w, size_t until) {
+    for (; w->at < until; w->at++)
+        fputc(0, w->f);
+}
+
+/* The next tensor begins: zeros up to the alignment, then its row of the table. */
+static void flat_begin(FlatFile *w, uint32_t type) {
+    const Expected x = expected_tensor(&w->file, w->n);
+    unsigned char *row = w->table + w->n++ * TABLE_ROW;
+
+    flat_zeros(w, (w->at + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    memcpy(row, x.name, 48);
+    set_little(row + 48, type, 4);
+    set_little(row + 52, x.rank, 4);
+    set_little(row + 56, x.rows, 4);
+    set_little(row + 60, x.cols, 4);
+    set_little(row + 64, w->at, 8);
+    w->crc = 0;
+}
+
+static void flat_end(FlatFile *w) {
+    set_little(w->table + (w->n - 1) * TABLE_ROW + 72, w->crc, 4);
+}
+
+/* A tensor as the model's file has it. */
+static int flat_copy(FlatFile *w, const Model *m, const Tensor *t) {
+    size_t at, n;
+
+    flat_begin(w, t->type);
+    for (at = 0; at < t->rows; at += n) {
+        const unsigned char *p;
+
+        n = t->rows - at < VOCAB_CHUNK ? t->rows - at : VOCAB_CHUNK;
+        if ((p = weights(&m->file, t, at, n, &m->allocator)) == NULL)
+            return 0;
+        flat_write(w, p, n * (t->bytes / t->rows));
+        weights_done(&m->file, t, n, p, &m->allocator);
+    }
+    flat_end(w);
+    return 1;
+}
+
+/* One processed matrix in panels, and its bias. */
+static patch_status flat_linear(FlatFile *w, const Work *work, size_t layer, int which,
+                                double *value_bias, float *panels, patch_error *e) {
+    Linear l = layer_linear(work->m, layer, which);
+    patch_status s;
+    size_t i;
+
+    if (l.takes_value_bias)
+        l.shift = value_bias;
+    if ((s = linear(work, &l, NULL, panels, e)) != PATCH_OK)
+        return s;
+    if (l.drop_bias)
+        memcpy(value_bias, work->bias, l.n * sizeof *value_bias);
+    flat_begin(w, TYPE_PANELS);
+    flat_floats(w, panels, (l.n + PANEL - 1) / PANEL * PANEL * l.k);
+    flat_end(w);
+    flat_begin(w, TYPE_F32);
+    for (i = 0; i < l.n; i++) {
+        const float bias = l.drop_bias ? 0.0f : (float)work->bias[i];
+
+        flat_floats(w, &bias, 1);
+    }
+    flat_end(w);
+    return PATCH_OK;
+}
+
+/* All tensors of the new file, in its order. */
+static patch_status flat_tensors(FlatFile *w, const Work *work, double *value_bias, float *panels,
+                                 patch_error *e) {
+    const Model *m = work->m;
+    const ModelFile *f = &m->file;
+    const size_t ln2 = f->processing & DID_FOLD ? (size_t)FOLD_LN2_W : (size_t)RAW_LN2_W;
+    int ok = flat_copy(w, m, &f->tensors[0]) && flat_copy(w, m, &f->tensors[1]), which;
+    size_t layer, i;
+
+    for (layer = 0; ok && layer < f->L; layer++)
+        for (which = LINEAR_Q; ok && which < LINEARS; which++) {
+            patch_status s;
+
+            if (which == LINEAR_Q || which == LINEAR_IN)
+                for (i = 0; ok && i < 2; i++)
+                    ok = flat_copy(w, m, layer_tensor(f, layer, (which == LINEAR_Q ? 0 : ln2) + i));
+            if (ok && (s = flat_linear(w, work, layer, which, value_bias, panels, e)) != PATCH_OK)
+                return s;
+        }
+    for (i = 0; ok && i < (f->untied ? 3u : 2u); i++)
+        ok = flat_copy(w, m, tail_tensor(f, i));
+    return ok ? PATCH_OK : unreadable(m, e);
+}
+
+/* Head and table, over the zeros at the file's beginning. */
+static void flat_head(FlatFile *w, size_t tokenizer_at, uint32_t tokenizer_crc) {
+    const ModelFile *f = &w->file;
+    const uint64_t words[] = {1, f->L, f->H, f->C, f->M, f->N, f->V, f->act_fn};
+    unsigned char head[HEAD_BYTES] = {0};
+    uint64_t eps;
+    int i;
+
+    memcpy(head, "ACTPATCH", 8);
+    for (i = 0; i < 8; i++)
+        set_little(head + 8 + 4 * i, words[i], 4);
+    memcpy(&eps, &f->eps, 8);
+    set_little(head + 40, eps, 8);
+    set_little(head + 48, f->inverse_layer, 4);
+    set_little(head + 52, f->n_tensors, 4);
+    set_little(head + 56, f->tokenizer_bytes ? tokenizer_at : 0, 8);
+    set_little(head + 64, f->tokenizer_bytes, 8);
+    set_little(head + 72, w->at, 8);
+    set_little(head + 80, crc32_of(0, w->table, (size_t)f->n_tensors * TABLE_ROW), 4);
+    set_little(head + 84, tokenizer_crc, 4);
+    set_little(head + 88, f->processing, 4);
+    set_little(head + 124, crc32_of(0, head, 124), 4);
+    if (fseek(w->f, 0, SEEK_SET) == 0) {
+        fwrite(head, 1, sizeof head, w->f);
+        fwrite(w->table, TABLE_ROW, f->n_tensors, w->f);
+    }
+}
+
+patch_status patch_model_fold(const patch_model *m, const char *path, patch_error *e) {
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    const size_t C = m->file.C, wide = m->max_k + PANEL, start =
+        (HEAD_BYTES + (4 + m->file.L * FOLD_PER_LAYER + (m->file.untied != 0)) * TABLE_ROW +
+         ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    double *value_bias = pool_take(&pool, C, sizeof *value_bias);
+    float *panels = pool_take(&pool, (C + PANEL) * wide, sizeof *panels);
+    const unsigned char *tokenizer = m->tokenizer.section;
+    FlatFile w;
+    OutFile out;
+    Work work;
+    patch_status s;
+
+    memset(&w, 0, sizeof w);
+    w.file = m->file;
+    w.file.processing = m->steps | DID_FOLD;
+    w.file.per_layer = FOLD_PER_LAYER;
+    w.file.n_tensors = 4 + m->file.L * FOLD_PER_LAYER + (m->file.untied != 0);
+    w.table = pool_take(&pool, w.file.n_tensors, TABLE_ROW);
+    if (!value_bias || !panels || !w.table)
+        return pool_end(&pool, no_memory(e, path, pool.refused));
+    if ((s = work_begin(&work, m, &pool, NULL, e)) != PATCH_OK ||
+        (s = out_open(&out, path, e)) != PATCH_OK)
+        return pool_end(&pool, s);
+    w.f = out.f;
+    flat_zeros(&w, start);
+    if (w.file.tokenizer_bytes > 0)
+        flat_write(&w, tokenizer, w.file.tokenizer_bytes);
+    if ((s = flat_tensors(&w, &work, value_bias, panels, e)) == PATCH_OK) {
+        flat_head(&w, start, crc32_of(0, tokenizer, w.file.tokenizer_bytes));
+        s = out_close(&out, e);
+    } else
+        out_drop(&out);
+    return pool_end(&pool, s);
+}
+
+/* ---- 12.10 SHA-256 (FIPS 180-4) ---- */
+
+typedef struct Sha256 {
+    uint32_t state[8];
+    unsigned char block[64];
+    uint64_t n; /* bytes so far */
+} Sha256;
+
+static void sha256_block(uint32_t state[8], const unsigned char *p) {
+    static const uint32_t k[64] = {
+        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4,
+        0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe,
+        0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f,
+        0x4a7484aa, 0x5cb0a9dc, 0x76f988da, 0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7,
+        0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc,
+        0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b,
+        0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116,
+        0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7,
+        0xc67178f2};
+    uint32_t w[64], s[8];
+    int i;
+
+#define ROTATE(x, n) ((x) >> (n) | (x) << (32 - (n)))
+    for (i = 0; i < 16; i++, p += 4)
+        w[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+    for (; i < 64; i++)
+        w[i] = w[i - 16] + w[i - 7] +
+               (ROTATE(w[i - 15], 7) ^ ROTATE(w[i - 15], 18) ^ w[i - 15] >> 3) +
+               (ROTATE(w[i - 2], 17) ^ ROTATE(w[i - 2], 19) ^ w[i - 2] >> 10);
+    memcpy(s, state, sizeof s);
+    for (i = 0; i < 64; i++) { /* s[j] of the specification is s[(j - i) mod 8]: nothing moves */
+        uint32_t *const a = &s[-i & 7], *const d = &s[(3 - i) & 7], *const h = &s[(7 - i) & 7];
+        const uint32_t b = s[(1 - i) & 7], c = s[(2 - i) & 7], e = s[(4 - i) & 7];
+        const uint32_t one = *h + (ROTATE(e, 6) ^ ROTATE(e, 11) ^ ROTATE(e, 25)) +
+                             ((e & s[(5 - i) & 7]) ^ (~e & s[(6 - i) & 7])) + k[i] + w[i];
+
+        *d += one;
+        *h = one + (ROTATE(*a, 2) ^ ROTATE(*a, 13) ^ ROTATE(*a, 22)) + ((*a & b) ^ (*a & c) ^ (b & c));
+    }
+#undef ROTATE
+    for (i = 0; i < 8; i++)
+        state[i] += s[i];
+}
+
+static void sha256_begin(Sha256 *h) {
+    static const uint32_t first[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                      0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+
+    memcpy(h->state, first, sizeof first);
+    h->n = 0;
+}
+
+static void sha256_add(Sha256 *h, const void *bytes, size_t n) {
+    const unsigned char *p = bytes;
+
+    while (n > 0) {
+        const size_t at = (size_t)(h->n % 64), some = n < 64 - at ? n : 64 - at;
+
+        if (some < 64)
+            memcpy(h->block + at, p, some);
+        if (at + some == 64)
+            sha256_block(h->state, some == 64 ? p : h->block);
+        p += some;
+        n -= some;
+        h->n += some;
+    }
+}
+
+/* The digest as hexadecimal digits. */
+static void sha256_end(Sha256 *h, char hex[65]) {
+    static const unsigned char padding[64] = {0x80};
+    unsigned char length[8];
+    int i;
+
+    for (i = 0; i < 8; i++)
+        length[i] = (unsigned char)(h->n * 8 >> (56 - 8 * i));
+    sha256_add(h, padding, (size_t)(64 - (h->n + 8) % 64));
+    sha256_add(h, length, 8);
+    for (i = 0; i < 8; i++)
+        snprintf(hex + 8 * i, 9, "%08lx", (unsigned long)h->state[i]);
+}
+
+patch_status patch_model_sha256(const patch_model *m, char hex[65], patch_error *e) {
+    enum { PIECE = 1 << 20 };
+    const ModelFile *f = &m->file;
+    unsigned char *copy = f->map.bytes ? NULL : take(&m->allocator, PIECE, 1);
+    int ok = f->map.bytes != NULL || copy != NULL;
+    size_t at, n;
+    Sha256 h;
+
+    sha256_begin(&h);
+    for (at = 0; ok && at < f->map.size; at += n) {
+        n = f->map.size - at < PIECE ? f->map.size - at : PIECE;
+        ok = copy == NULL || map_read(f->path, at, n, copy);
+        sha256_add(&h, copy ? copy : f->map.bytes + at, n);
+        if (copy == NULL)
+            map_release(&f->map, f->map.bytes + at, n);
+    }
+    sha256_end(&h, hex);
+    give(&m->allocator, copy);
+    return ok ? PATCH_OK : unreadable(m, e);
+}
+
+#if !defined(PATCH_NO_MAIN) || defined(PATCH_WRITERS) /* for the tests of pictures */
 
 /* One axis of a table. labels[i] are text for people (a token as "|to|_14", a head as "H3"),
    escaped by each writer as its format wants; NULL: the numbers 0..size-1. */
@@ -5042,7 +5423,6 @@ typedef void (*TableWriter)(FILE *f, const Table *t);
    Tokens are bytes: half a character, a control byte, a tab. Each format shows or escapes them in
    its own way. */
 
-static const patch_allocator HEAP = {default_alloc, default_free, NULL};
 
 /* utf8_next (chapter 4) over char. */
 static uint32_t next_char(const char *text, size_t n, size_t *length) {
@@ -6274,81 +6654,6 @@ static void write_screen(FILE *f, const Table *t, Screen screen) {
         fprintf(f, "red %.4g, white 0, blue %.4g\n", g.scale.lo, g.scale.hi);
 }
 
-/* ---- 12.10 Files: written whole or not at all ------------------------------------------------ */
-
-/* A file on its way: written beside its target under another name, so that the target is either the
-   old file or the whole new one. */
-typedef struct OutFile {
-    FILE *f;
-    const char *path; /* the caller's */
-    char *temporary;  /* NULL: standard output */
-} OutFile;
-
-/* Give up: nothing stays behind. Also the end of out_close. */
-static void out_drop(OutFile *o) {
-    if (o->f != NULL && o->temporary != NULL) {
-        fclose(o->f);
-        remove(o->temporary);
-    }
-    give(&HEAP, o->temporary);
-    memset(o, 0, sizeof *o);
-}
-
-static patch_status out_fail(OutFile *o, const char *what, patch_error *e) {
-    fail(e, PATCH_E_IO, o->path, "%s: %s; name a file that can be written, or make room", what,
-         errno ? strerror(errno) : "the disk may be full");
-    out_drop(o);
-    return PATCH_E_IO;
-}
-
-/* Begin a file; after an error there is nothing to drop. */
-static patch_status out_open(OutFile *o, const char *path, patch_error *e) {
-    const size_t room = strlen(path) + 16;
-    int i;
-
-    memset(o, 0, sizeof *o);
-    o->path = path;
-    if (strcmp(path, "-") == 0) {
-        o->f = stdout;
-        o->path = "standard output";
-        return PATCH_OK;
-    }
-#ifdef EISDIR
-    if ((o->f = fopen(path, "r+b")) != NULL) /* changes nothing, but refuses a folder */
-        fclose(o->f);
-    else if (errno == EISDIR)
-        return out_fail(o, "cannot be written", e);
-    o->f = NULL;
-#endif
-    if ((o->temporary = take(&HEAP, room, 1)) == NULL)
-        return no_memory(e, path, room);
-    errno = EEXIST;
-    for (i = 0; i < 100 && o->f == NULL && errno == EEXIST; i++) {
-        snprintf(o->temporary, room, "%s.tmp%d", path, i);
-        errno = 0;
-        o->f = fopen(o->temporary, "wbx"); /* x: never over a file that is there */
-    }
-    return o->f == NULL ? out_fail(o, "cannot be written", e) : PATCH_OK;
-}
-
-/* Finish: the file stands whole under its name, or the error says why not and nothing is left. */
-static patch_status out_close(OutFile *o, patch_error *e) {
-    int bad;
-
-    errno = 0;
-    if (fflush(o->f) != 0 || ferror(o->f))
-        return out_fail(o, "could not be written whole", e);
-    if (o->temporary != NULL) {
-        bad = fclose(o->f) != 0;
-        o->f = NULL;
-        if (bad || rename(o->temporary, o->path) != 0) {
-            remove(o->temporary);
-            return out_fail(o, "could not be finished", e);
-        }
-    }
-    out_drop(o);
-    return PATCH_OK;
-}
 
 /* A format has one of the two writers; write_all takes all tables of a call at once. */
 typedef struct Format {
@@ -6419,305 +6724,9 @@ static patch_status write_tables(const char *path, const Format *formats, const 
     return status;
 }
 
-/* ---- 12.9 The processed flat file (`fold`) ---- */
+#endif /* writers */
 
-/* A flat file on its way: tensors are written one after another while their table is filled; the
-   head, which holds the table's checksum, comes last, over zeros. */
-typedef struct FlatFile {
-    FILE *f;
-    ModelFile file;       /* sizes and flags as the new file will have them */
-    unsigned char *table; /* [n_tensors, TABLE_ROW] */
-    size_t n, at;         /* tensors finished, bytes written */
-    uint32_t crc;         /* of the tensor being written */
-} FlatFile;
-
-static void set_little(unsigned char *p, uint64_t value, int n) {
-    int i;
-
-    for (i = 0; i < n; i++)
-        p[i] = (unsigned char)(value >> 8 * i);
-}
-
-static void flat_write(FlatFile *w, const void *bytes, size_t n) {
-    w->crc = crc32_of(w->crc, bytes, n);
-    w->at += fwrite(bytes, 1, n, w->f);
-}
-
-static void flat_floats(FlatFile *w, const float *values, size_t n) {
-    unsigned char bytes[4096];
-    size_t i, j;
-
-    for (i = 0; i < n; i += j) {
-        for (j = 0; j < sizeof bytes / 4 && i + j < n; j++) {
-            uint32_t bits;
-
-            memcpy(&bits, &values[i + j], 4);
-            set_little(bytes + 4 * j, bits, 4);
-        }
-        flat_write(w, bytes, 4 * j);
-    }
-}
-
-static void flat_zeros(FlatFile *w, size_t until) {
-    for (; w->at < until; w->at++)
-        fputc(0, w->f);
-}
-
-/* The next tensor begins: zeros up to the alignment, then its row of the table. */
-static void flat_begin(FlatFile *w, uint32_t type) {
-    const Expected x = expected_tensor(&w->file, w->n);
-    unsigned char *row = w->table + w->n++ * TABLE_ROW;
-
-    flat_zeros(w, (w->at + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-    memcpy(row, x.name, 48);
-    set_little(row + 48, type, 4);
-    set_little(row + 52, x.rank, 4);
-    set_little(row + 56, x.rows, 4);
-    set_little(row + 60, x.cols, 4);
-    set_little(row + 64, w->at, 8);
-    w->crc = 0;
-}
-
-static void flat_end(FlatFile *w) {
-    set_little(w->table + (w->n - 1) * TABLE_ROW + 72, w->crc, 4);
-}
-
-/* A tensor as the model's file has it. */
-static int flat_copy(FlatFile *w, const Model *m, const Tensor *t) {
-    size_t at, n;
-
-    flat_begin(w, t->type);
-    for (at = 0; at < t->rows; at += n) {
-        const unsigned char *p;
-
-        n = t->rows - at < VOCAB_CHUNK ? t->rows - at : VOCAB_CHUNK;
-        if ((p = weights(&m->file, t, at, n, &m->allocator)) == NULL)
-            return 0;
-        flat_write(w, p, n * (t->bytes / t->rows));
-        weights_done(&m->file, t, n, p, &m->allocator);
-    }
-    flat_end(w);
-    return 1;
-}
-
-/* One processed matrix in panels, and its bias. */
-static patch_status flat_linear(FlatFile *w, const Work *work, size_t layer, int which,
-                                double *value_bias, float *panels, patch_error *e) {
-    Linear l = layer_linear(work->m, layer, which);
-    patch_status s;
-    size_t i;
-
-    if (l.takes_value_bias)
-        l.shift = value_bias;
-    if ((s = linear(work, &l, NULL, panels, e)) != PATCH_OK)
-        return s;
-    if (l.drop_bias)
-        memcpy(value_bias, work->bias, l.n * sizeof *value_bias);
-    flat_begin(w, TYPE_PANELS);
-    flat_floats(w, panels, (l.n + PANEL - 1) / PANEL * PANEL * l.k);
-    flat_end(w);
-    flat_begin(w, TYPE_F32);
-    for (i = 0; i < l.n; i++) {
-        const float bias = l.drop_bias ? 0.0f : (float)work->bias[i];
-
-        flat_floats(w, &bias, 1);
-    }
-    flat_end(w);
-    return PATCH_OK;
-}
-
-/* All tensors of the new file, in its order. */
-static patch_status flat_tensors(FlatFile *w, const Work *work, double *value_bias, float *panels,
-                                 patch_error *e) {
-    const Model *m = work->m;
-    const ModelFile *f = &m->file;
-    const size_t ln2 = f->processing & DID_FOLD ? (size_t)FOLD_LN2_W : (size_t)RAW_LN2_W;
-    int ok = flat_copy(w, m, &f->tensors[0]) && flat_copy(w, m, &f->tensors[1]), which;
-    size_t layer, i;
-
-    for (layer = 0; ok && layer < f->L; layer++)
-        for (which = LINEAR_Q; ok && which < LINEARS; which++) {
-            patch_status s;
-
-            if (which == LINEAR_Q || which == LINEAR_IN)
-                for (i = 0; ok && i < 2; i++)
-                    ok = flat_copy(w, m, layer_tensor(f, layer, (which == LINEAR_Q ? 0 : ln2) + i));
-            if (ok && (s = flat_linear(w, work, layer, which, value_bias, panels, e)) != PATCH_OK)
-                return s;
-        }
-    for (i = 0; ok && i < (f->untied ? 3u : 2u); i++)
-        ok = flat_copy(w, m, tail_tensor(f, i));
-    return ok ? PATCH_OK : unreadable(m, e);
-}
-
-/* Head and table, over the zeros at the file's beginning. */
-static void flat_head(FlatFile *w, size_t tokenizer_at, uint32_t tokenizer_crc) {
-    const ModelFile *f = &w->file;
-    const uint64_t words[] = {1, f->L, f->H, f->C, f->M, f->N, f->V, f->act_fn};
-    unsigned char head[HEAD_BYTES] = {0};
-    uint64_t eps;
-    int i;
-
-    memcpy(head, "ACTPATCH", 8);
-    for (i = 0; i < 8; i++)
-        set_little(head + 8 + 4 * i, words[i], 4);
-    memcpy(&eps, &f->eps, 8);
-    set_little(head + 40, eps, 8);
-    set_little(head + 48, f->inverse_layer, 4);
-    set_little(head + 52, f->n_tensors, 4);
-    set_little(head + 56, f->tokenizer_bytes ? tokenizer_at : 0, 8);
-    set_little(head + 64, f->tokenizer_bytes, 8);
-    set_little(head + 72, w->at, 8);
-    set_little(head + 80, crc32_of(0, w->table, (size_t)f->n_tensors * TABLE_ROW), 4);
-    set_little(head + 84, tokenizer_crc, 4);
-    set_little(head + 88, f->processing, 4);
-    set_little(head + 124, crc32_of(0, head, 124), 4);
-    if (fseek(w->f, 0, SEEK_SET) == 0) {
-        fwrite(head, 1, sizeof head, w->f);
-        fwrite(w->table, TABLE_ROW, f->n_tensors, w->f);
-    }
-}
-
-patch_status patch_model_fold(const patch_model *m, const char *path, patch_error *e) {
-    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    const size_t C = m->file.C, wide = m->max_k + PANEL, start =
-        (HEAD_BYTES + (4 + m->file.L * FOLD_PER_LAYER + (m->file.untied != 0)) * TABLE_ROW +
-         ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    double *value_bias = pool_take(&pool, C, sizeof *value_bias);
-    float *panels = pool_take(&pool, (C + PANEL) * wide, sizeof *panels);
-    const unsigned char *tokenizer = m->tokenizer.section;
-    FlatFile w;
-    OutFile out;
-    Work work;
-    patch_status s;
-
-    memset(&w, 0, sizeof w);
-    w.file = m->file;
-    w.file.processing = m->steps | DID_FOLD;
-    w.file.per_layer = FOLD_PER_LAYER;
-    w.file.n_tensors = 4 + m->file.L * FOLD_PER_LAYER + (m->file.untied != 0);
-    w.table = pool_take(&pool, w.file.n_tensors, TABLE_ROW);
-    if (!value_bias || !panels || !w.table)
-        return pool_end(&pool, no_memory(e, path, pool.refused));
-    if ((s = work_begin(&work, m, &pool, NULL, e)) != PATCH_OK ||
-        (s = out_open(&out, path, e)) != PATCH_OK)
-        return pool_end(&pool, s);
-    w.f = out.f;
-    flat_zeros(&w, start);
-    if (w.file.tokenizer_bytes > 0)
-        flat_write(&w, tokenizer, w.file.tokenizer_bytes);
-    if ((s = flat_tensors(&w, &work, value_bias, panels, e)) == PATCH_OK) {
-        flat_head(&w, start, crc32_of(0, tokenizer, w.file.tokenizer_bytes));
-        s = out_close(&out, e);
-    } else
-        out_drop(&out);
-    return pool_end(&pool, s);
-}
-
-/* ---- 12.10 SHA-256 (FIPS 180-4) ---- */
-
-typedef struct Sha256 {
-    uint32_t state[8];
-    unsigned char block[64];
-    uint64_t n; /* bytes so far */
-} Sha256;
-
-static void sha256_block(uint32_t state[8], const unsigned char *p) {
-    static const uint32_t k[64] = {
-        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4,
-        0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe,
-        0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f,
-        0x4a7484aa, 0x5cb0a9dc, 0x76f988da, 0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7,
-        0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc,
-        0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b,
-        0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116,
-        0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
-        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7,
-        0xc67178f2};
-    uint32_t w[64], s[8];
-    int i;
-
-#define ROTATE(x, n) ((x) >> (n) | (x) << (32 - (n)))
-    for (i = 0; i < 16; i++, p += 4)
-        w[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
-    for (; i < 64; i++)
-        w[i] = w[i - 16] + w[i - 7] +
-               (ROTATE(w[i - 15], 7) ^ ROTATE(w[i - 15], 18) ^ w[i - 15] >> 3) +
-               (ROTATE(w[i - 2], 17) ^ ROTATE(w[i - 2], 19) ^ w[i - 2] >> 10);
-    memcpy(s, state, sizeof s);
-    for (i = 0; i < 64; i++) { /* s[j] of the specification is s[(j - i) mod 8]: nothing moves */
-        uint32_t *const a = &s[-i & 7], *const d = &s[(3 - i) & 7], *const h = &s[(7 - i) & 7];
-        const uint32_t b = s[(1 - i) & 7], c = s[(2 - i) & 7], e = s[(4 - i) & 7];
-        const uint32_t one = *h + (ROTATE(e, 6) ^ ROTATE(e, 11) ^ ROTATE(e, 25)) +
-                             ((e & s[(5 - i) & 7]) ^ (~e & s[(6 - i) & 7])) + k[i] + w[i];
-
-        *d += one;
-        *h = one + (ROTATE(*a, 2) ^ ROTATE(*a, 13) ^ ROTATE(*a, 22)) + ((*a & b) ^ (*a & c) ^ (b & c));
-    }
-#undef ROTATE
-    for (i = 0; i < 8; i++)
-        state[i] += s[i];
-}
-
-static void sha256_begin(Sha256 *h) {
-    static const uint32_t first[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                                      0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-
-    memcpy(h->state, first, sizeof first);
-    h->n = 0;
-}
-
-static void sha256_add(Sha256 *h, const void *bytes, size_t n) {
-    const unsigned char *p = bytes;
-
-    while (n > 0) {
-        const size_t at = (size_t)(h->n % 64), some = n < 64 - at ? n : 64 - at;
-
-        if (some < 64)
-            memcpy(h->block + at, p, some);
-        if (at + some == 64)
-            sha256_block(h->state, some == 64 ? p : h->block);
-        p += some;
-        n -= some;
-        h->n += some;
-    }
-}
-
-/* The digest as hexadecimal digits. */
-static void sha256_end(Sha256 *h, char hex[65]) {
-    static const unsigned char padding[64] = {0x80};
-    unsigned char length[8];
-    int i;
-
-    for (i = 0; i < 8; i++)
-        length[i] = (unsigned char)(h->n * 8 >> (56 - 8 * i));
-    sha256_add(h, padding, (size_t)(64 - (h->n + 8) % 64));
-    sha256_add(h, length, 8);
-    for (i = 0; i < 8; i++)
-        snprintf(hex + 8 * i, 9, "%08lx", (unsigned long)h->state[i]);
-}
-
-patch_status patch_model_sha256(const patch_model *m, char hex[65], patch_error *e) {
-    enum { PIECE = 1 << 20 };
-    const ModelFile *f = &m->file;
-    unsigned char *copy = f->map.bytes ? NULL : take(&m->allocator, PIECE, 1);
-    int ok = f->map.bytes != NULL || copy != NULL;
-    size_t at, n;
-    Sha256 h;
-
-    sha256_begin(&h);
-    for (at = 0; ok && at < f->map.size; at += n) {
-        n = f->map.size - at < PIECE ? f->map.size - at : PIECE;
-        ok = copy == NULL || map_read(f->path, at, n, copy);
-        sha256_add(&h, copy ? copy : f->map.bytes + at, n);
-        if (copy == NULL)
-            map_release(&f->map, f->map.bytes + at, n);
-    }
-    sha256_end(&h, hex);
-    give(&m->allocator, copy);
-    return ok ? PATCH_OK : unreadable(m, e);
-}
-
+#ifndef PATCH_NO_MAIN
 /* ---- 12.11 Part files: what a killed run leaves, and what shards are joined from ----
    A sweep's finished items are appended to a file beside its output, and the same command goes on
    from there. The file is: a head, which says in lines "key: value" what is computed and, behind an
@@ -6891,6 +6900,7 @@ static void part_close(Part *p, int remove_it) {
     if (remove_it)
         remove(p->path);
 }
+#endif
 
 /* ==== 13. Command line ===========================================================================
    Left out where PATCH_NO_MAIN is defined. A new command is a function, its line in COMMANDS, and

@@ -17,6 +17,7 @@
 #define PATCH_SOURCE "../patch.c"
 #endif
 #define PATCH_NO_MAIN
+#define PATCH_WRITERS
 #include PATCH_SOURCE
 
 /* What was read stays until the program ends: the writers themselves allocate nothing. */

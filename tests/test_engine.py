@@ -128,7 +128,7 @@ class Engine(unittest.TestCase):
         flat, raw = model(name)
         return subprocess.run(
             [driver, flat, weights or raw, processing, section, str(seed), str(cases)], stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, universal_newlines=True, timeout=120,
+            stderr=subprocess.STDOUT, universal_newlines=True, timeout=300,
             env=dict(os.environ, OMP_WAIT_POLICY="passive"))
 
     def check(self, names, section, **options):
