@@ -245,7 +245,8 @@ static void section_softmax(void) {
                   "softmax of %lu, spread %g: %.9g, not %.9g", (unsigned long)n, (double)spread, (double)y[i], want);
             worst = fabs((double)y[i] - want) > worst ? fabs((double)y[i] - want) : worst;
         }
-        check(fabs(got - 1) <= 2e-7, "softmax of %lu, spread %g: the sum is %.9g", (unsigned long)n, (double)spread, got);
+        check(fabs(got - 1) <= 2e-7, "softmax of %lu, spread %g: the sum is %.9g", (unsigned long)n, (double)spread,
+              got);
         worst_sum = fabs(got - 1) > worst_sum ? fabs(got - 1) : worst_sum;
     }
     printf("worst error of a weight %.2g, of a row's sum %.2g\n", worst, worst_sum);

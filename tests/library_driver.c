@@ -931,8 +931,9 @@ static void command_sizes(World *w) {
 
     w->model = open_as(w, "open", &e);
     for (bos = 0; bos < 2; bos++) {
-        check(patch_encode(w->model, text, length, bos, whole, 64, &all, &e) == PATCH_OK && all > 5 && all <= length + 1,
-              "encode: %lu ids", (unsigned long)all);
+        if (patch_encode(w->model, text, length, bos, whole, 64, &all, &e) != PATCH_OK)
+            die("encode", &e);
+        check(all > 5 && all <= length + 1, "encode: %lu ids", (unsigned long)all);
         for (capacity = 0; capacity <= all + 1; capacity++) {
             const patch_status want = capacity < all ? PATCH_E_SIZE : PATCH_OK;
             patch_status s;
@@ -978,12 +979,14 @@ static void command_sizes(World *w) {
 
             check(whole_length == (int)strlen(name) && (whole_length > 0) == (id >= 0 && id < PATCH_N_HOOKS),
                   "hook %d: \"%s\", %d", id, name, whole_length);
-            check(patch_hook_name((patch_hook)id, layer, NULL, 0) == whole_length, "hook %d: no room, another length", id);
+            check(patch_hook_name((patch_hook)id, layer, NULL, 0) == whole_length, "hook %d: no room, another length",
+                  id);
             for (n = 1; n < 12; n++) {
                 memset(shorter, 7, sizeof shorter);
-                check(patch_hook_name((patch_hook)id, layer, shorter, n) == whole_length, "hook %d: another length", id);
-                check(strlen(shorter) < n && strncmp(shorter, name, n - 1) == 0 && shorter[n] == 7, "hook %d in %lu bytes: "
-                      "\"%s\"", id, (unsigned long)n, shorter);
+                check(patch_hook_name((patch_hook)id, layer, shorter, n) == whole_length,
+                      "hook %d in %lu bytes: another length", id, (unsigned long)n);
+                check(strlen(shorter) < n && strncmp(shorter, name, n - 1) == 0 && shorter[n] == 7,
+                      "hook %d in %lu bytes: \"%s\"", id, (unsigned long)n, shorter);
             }
         }
     for (i = 0; patch_sweep_name(i) != NULL; i++) {
@@ -995,7 +998,8 @@ static void command_sizes(World *w) {
             die(patch_sweep_name(i), &e);
         for (n = 0; n < (size_t)shape.rank; n++)
             product *= shape.size[n];
-        check(product == shape.n_cells && product > 0, "%s: %lu cells", patch_sweep_name(i), (unsigned long)shape.n_cells);
+        check(product == shape.n_cells && product > 0, "%s: %lu cells", patch_sweep_name(i),
+              (unsigned long)shape.n_cells);
         cells = room(shape.n_cells + 1, sizeof *cells);
         cells[shape.n_cells].layer = -7;
         if (patch_sweep_cells(w->model, patch_sweep_name(i), 5, &again, cells, &e) != PATCH_OK)

@@ -7,7 +7,10 @@ Every test method counts once, and as failed if any of its subtests fails. A ski
 is and why. --core leaves out what is slow and what does not touch patch.c's core."""
 
 import argparse
+import concurrent.futures
 import os
+import re
+import subprocess
 import sys
 import time
 import unittest
@@ -60,6 +63,32 @@ class Result(unittest.TestResult):
         print("skipped: %s: %s" % (test.id(), reason), flush=True)
 
 
+def run_module(name):
+    """One file of tests in a process of its own: (its output without the last line, passed, failed, skipped)."""
+    done = subprocess.run([sys.executable, os.path.join(TESTS, "run.py"), name], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    text = done.stdout.decode("utf-8", "replace").rstrip("\n")
+    body, _, last = text.rpartition("\n")
+    counts = re.fullmatch(r"(\d+) passed, (\d+) failed, (\d+) skipped", last)
+    if counts is None or (done.returncode == 0) != (counts.group(2) == "0" and counts.group(1) != "0"):
+        return text + "\nFAILED: %s ended with status %d" % (name, done.returncode), 0, 1, 0
+    return (body,) + tuple(map(int, counts.groups()))
+
+
+def run_all(names):
+    """All files, two at a time where there are two cores; the long ones first."""
+    slow = ("test_golden", "test_tokenizer", "test_page", "test_pictures", "test_analyses", "test_kernels", "test_cli")
+    names = sorted(names, key=lambda name: slow.index(name) if name in slow else len(slow))
+    started, sums = time.time(), [0, 0, 0]
+    with concurrent.futures.ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        for name, found in zip(names, pool.map(run_module, names)):
+            print("%s: %s" % (name, found[0]), flush=True)
+            sums = [total + n for total, n in zip(sums, found[1:])]
+    print("%.0f s in all" % (time.time() - started))
+    print("%d passed, %d failed, %d skipped" % tuple(sums))
+    return 1 if sums[1] or not sums[0] else 0
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*")
@@ -72,6 +101,8 @@ def main():
         and (not arguments.core or name[:-3] in CORE))
     if arguments.core:
         os.environ["ACTPATCH_CORE_TESTS"] = "1"
+    if not arguments.names:
+        return run_all(names)
     suite = unittest.defaultTestLoader.loadTestsFromNames(names)
     result = Result(arguments.verbose)
     started = time.time()

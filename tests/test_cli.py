@@ -23,6 +23,7 @@ COMMANDS = ("info", "tokens", "top", "diff", "cache", "patch", "fold", "trace", 
 CLEAN = "When John and Mary went to the shops, John gave the bag to"
 CORRUPTED = "When John and Mary went to the shops, Mary gave the bag to"
 COLUMNS = ["clean", "corrupted", "answer", "wrong"]
+IDS = ["clean_ids", "corrupted_ids", "answer_id", "wrong_id"]
 ROW = [CLEAN, CORRUPTED, " Mary", " John"]
 ESCAPE = re.compile("\033\\[[0-9;]*m")
 
@@ -211,7 +212,8 @@ class Usage(Case):
         self.assertEqual(self.quiet("top", "-k", "3", "--answer= John", "a"), want)
         self.assertEqual(self.quiet("top", "--answer", " John", "-k", "3", "--", "a"), want)
         self.assertEqual(self.quiet("tokens", "--no-bos", "--", "-x", "--no-bos"),
-                         self.quiet("tokens", "--no-bos", "--", "-x") + self.quiet("tokens", "--no-bos", "--", "--no-bos"))
+                         self.quiet("tokens", "--no-bos", "--", "-x") +
+                         self.quiet("tokens", "--no-bos", "--", "--no-bos"))
 
 
 # ---- models --------------------------------------------------------------------------------------------
@@ -265,7 +267,8 @@ class Models(Case):
             whole[offset + 5] ^= 1
             self.write("bad.bin", bytes(whole))
             self.quiet("info", "-m", "bad.bin")
-            self.refused("byte %d: checksum of %s.*bad.bin" % (offset, re.escape(name)), "info", "--verify", "-m", "bad.bin")
+            self.refused("byte %d: checksum of %s.*bad.bin" % (offset, re.escape(name)), "info", "--verify", "-m",
+                         "bad.bin")
             whole[offset + 5] ^= 1
 
     def test_which_model(self):
@@ -316,7 +319,7 @@ class Models(Case):
         self.refused("has no tokenizer", "tokens", "a", "-m", model("odd"))
         self.refused("has no tokenizer", "top", "a", "-m", model("odd"))
         self.refused("has no tokenizer", "diff", self.tsv([ROW]), "-m", model("odd"))
-        ids = self.tsv([([1, 2, 3], [1, 4, 3], 5, 6)], ["clean_ids", "corrupted_ids", "answer_id", "wrong_id"], "i.tsv")
+        ids = self.tsv([([1, 2, 3], [1, 4, 3], 5, 6)], IDS, "i.tsv")
         self.quiet("patch", ids, "--sweep", "resid_pre", "-o", "x.json", "-m", model("odd"))
         self.assertEqual(json.loads(self.read("x.json"))["labels"]["pos"], ["1_0", "2_1", "3_2"])
 
@@ -335,7 +338,8 @@ class Folded(Case):
     def test_folded_models_give_the_same_bits(self):
         """`fold` with any options: diff, patch and cache are byte for byte those of the raw model."""
         for name in ("tiny", "untied", "tiny16"):
-            columns, rows = util.read_tsv(IOI if name.startswith("tiny") else os.path.join(util.GOLDEN, name, "prompts.tsv"))
+            path = IOI if name.startswith("tiny") else os.path.join(util.GOLDEN, name, "prompts.tsv")
+            columns, rows = util.read_tsv(path)
             self.prompts = self.tsv(rows[:1], columns)
             for words in ([], ["--no-processing"], ["--refactor-factored-attn-matrices"],
                           ["--no-processing", "--refactor-factored-attn-matrices"],
@@ -390,14 +394,17 @@ class Prompts(Case):
 
     def test_columns(self):
         """Both forms of a role, a role twice or not at all, wrong numbers of fields: the line is named."""
-        self.check("both clean and clean_ids, p.tsv: line 1,", [[CLEAN, "1 2"] + ROW[1:]], ["clean", "clean_ids"] + COLUMNS[1:])
+        self.check("both clean and clean_ids, p.tsv: line 1,", [[CLEAN, "1 2"] + ROW[1:]],
+                   ["clean", "clean_ids"] + COLUMNS[1:])
         self.check("both wrong and wrong_id, p.tsv: line 1,", [ROW + ["5"]], COLUMNS + ["wrong_id"])
         self.check("two columns answer, p.tsv: line 1,", [ROW + [" Mary"]], COLUMNS + ["answer"])
-        self.check("two columns clean_ids, p.tsv: line 1,", [["1", "1"] + ROW[1:]], ["clean_ids", "clean_ids"] + COLUMNS[1:])
+        self.check("two columns clean_ids, p.tsv: line 1,", [["1", "1"] + ROW[1:]],
+                   ["clean_ids", "clean_ids"] + COLUMNS[1:])
         self.check("no column wrong, p.tsv: line 1,", [ROW[:3]], COLUMNS[:3])
         self.check("no column answer, p.tsv: line 1,", [ROW], ["clean", "corrupted", "Answer", "wrong"])
         self.check("no column clean, p.tsv: line 1,", [ROW], ["clean ", "corrupted", "answer", "wrong"])
-        self.check("no column corrupted, p.tsv: line 1,", [[CLEAN, " Mary", " John"]], ["clean", "answer", "wrong"], ["patch"])
+        self.check("no column corrupted, p.tsv: line 1,", [[CLEAN, " Mary", " John"]], ["clean", "answer", "wrong"],
+                   ["patch"])
         self.check("3 fields where the first line names 4 columns, p.tsv: line 3,", [ROW, ROW[:3]])
         self.check("5 fields where the first line names 4 columns, p.tsv: line 2,", [ROW + ["x"], ROW])
         self.check("1 fields where the first line names 4 columns, p.tsv: line 2,", [["no tabs"]])
@@ -426,9 +433,9 @@ class Prompts(Case):
                    r"p.tsv: line 4,", [ROW, ROW, [CLEAN + " the", longer] + ROW[2:]], commands=["patch"])
         name = self.tsv([ROW, [CLEAN + " the", longer] + ROW[2:]])
         self.assertEqual(len(self.quiet("diff", name).splitlines()), 4)  # no sweep: each its own
-        self.refused("this prompt has 16 tokens where line 2 has 15.*line 3,", "cache", name, "--names", "*", "-o", "x.safetensors")
-        ids = ["clean_ids", "corrupted_ids", "answer_id", "wrong_id"]
-        self.check("corrupted_ids has 2 tokens where clean has 3.*line 2,", [[[1, 2, 3], [1, 2], 1, 2]], ids)
+        self.refused("this prompt has 16 tokens where line 2 has 15.*line 3,", "cache", name, "--names", "*", "-o",
+                     "x.safetensors")
+        self.check("corrupted_ids has 2 tokens where clean has 3.*line 2,", [[[1, 2, 3], [1, 2], 1, 2]], IDS)
 
     def test_answers(self):
         """An answer is one token, and the message shows those that it is."""
@@ -449,21 +456,20 @@ class Prompts(Case):
         self.refused("the prompt has 65 tokens.*64", "top", long)
         self.refused("the prompt has 65 tokens.*64", "cache", "--text", long, "--names", "*", "-o", "x.safetensors")
         self.refused("the prompt is empty", "top", "", "--no-bos")
-        self.check("clean_ids is empty, p.tsv: line 2,", [["", "1", "1", "2"]], ["clean_ids", "corrupted_ids", "answer_id", "wrong_id"])
+        self.check("clean_ids is empty, p.tsv: line 2,", [["", "1", "1", "2"]], IDS)
 
     def test_ids(self):
         """Numbers below d_vocab, parted by spaces, and nothing else; taken as they are."""
-        columns = ["clean_ids", "corrupted_ids", "answer_id", "wrong_id"]
         for ids, pattern in (("1 640 3", "clean_ids: .*id 640"), ("1 2147483647 3", "id 2147483647"),
                              ("1 2147483648 3", "2147483648 3 is no id"), ("1 " + "9" * 40, "is no id"),
                              ("1 -2 3", "-2 3 is no id"), ("1,2,3", ",2,3 is no id"), ("1 2a 3", "a 3 is no id"),
                              ("a", "a is no id"), ("1 2.0", ".0 is no id"), ("0x10", "x10 is no id"),
                              (" ", "clean_ids is empty")):
-            self.check("%s, p.tsv: line 3," % pattern, [["1", "2", 3, 4], [ids, "1 2 3", 3, 4]], columns, ["diff"])
-        self.check("answer_id: .*id 640", [["1 2 3", "1 4 3", 640, 4]], columns)
-        self.check("John is no id, p.tsv: line 2,", [["1 2 3", "1 4 3", 3, " John"]], columns)
-        plain = self.quiet("diff", self.tsv([["1 2 3", "1 4 3", 3, 4]], columns))
-        self.assertEqual(self.quiet("diff", self.tsv([["  1 2   3 ", "01 4 3", " 3", "004 "]], columns)), plain)
+            self.check("%s, p.tsv: line 3," % pattern, [["1", "2", 3, 4], [ids, "1 2 3", 3, 4]], IDS, ["diff"])
+        self.check("answer_id: .*id 640", [["1 2 3", "1 4 3", 640, 4]], IDS)
+        self.check("John is no id, p.tsv: line 2,", [["1 2 3", "1 4 3", 3, " John"]], IDS)
+        plain = self.quiet("diff", self.tsv([["1 2 3", "1 4 3", 3, 4]], IDS))
+        self.assertEqual(self.quiet("diff", self.tsv([["  1 2   3 ", "01 4 3", " 3", "004 "]], IDS)), plain)
 
     def test_ids_are_texts(self):
         """A text and its ids, <|endoftext|> in front, give the same numbers."""
@@ -471,7 +477,7 @@ class Prompts(Case):
             return self.quiet("tokens", text, *words).splitlines()[0]
         row = [ids(CLEAN), ids(CORRUPTED), ids(" Mary", "--no-bos"), ids(" John", "--no-bos")]
         self.quiet("diff", self.tsv([ROW]), "-o", "a.npy")
-        self.quiet("diff", self.tsv([row], ["clean_ids", "corrupted_ids", "answer_id", "wrong_id"]), "-o", "b.npy")
+        self.quiet("diff", self.tsv([row], IDS), "-o", "b.npy")
         self.assertEqual(self.read("a.npy"), self.read("b.npy"))
         self.quiet("diff", self.tsv([[CLEAN, row[1], ROW[2], row[3]]], ["clean", "corrupted_ids", "answer", "wrong_id"]),
                    "-o", "b.npy")
@@ -548,8 +554,7 @@ class Prompts(Case):
         self.assertRegex(done.stderr, "^actpatch: warning: answer has no leading space, p.tsv: line 3, [^\n]*\n$")
         done = self.succeeds("patch", self.tsv([double + ["M", "J"]] * 3), "--sweep", "resid_pre")
         self.assertEqual(len(done.stderr.splitlines()), 2)
-        self.assertEqual(self.quiet("diff", self.tsv([["1  2", "1  2", "3", "4"]], ["clean_ids", "corrupted_ids", "answer_id",
-                                                                              "wrong_id"])).count("\n"), 3)
+        self.assertEqual(self.quiet("diff", self.tsv([["1  2", "1  2", "3", "4"]], IDS)).count("\n"), 3)
         done = self.succeeds("patch", self.tsv([[CLEAN, CLEAN] + ROW[2:]]), "--sweep", "resid_pre", "--normalize")
         self.assertRegex(done.stderr, "^actpatch: warning: [^\n]*, --normalize, [^\n]*\n$")
 
@@ -569,8 +574,8 @@ class Outputs(Case):
 
     def test_formats_agree(self):
         """Several -o in one call: .npy, .csv, .json and - hold the same numbers, - as CSV."""
-        said = self.quiet("patch", self.tsv([ROW]), "--sweep", "attn_head_q_by_pos", "-o", "x.npy", "-o", "x.csv", "-o", "-",
-                          "-o", "x.json", "-o", "y.npy")
+        said = self.quiet("patch", self.tsv([ROW]), "--sweep", "attn_head_q_by_pos", "-o", "x.npy", "-o", "x.csv",
+                          "-o", "-", "-o", "x.json", "-o", "y.npy")
         self.assertEqual(said.encode(), self.read("x.csv"))
         self.assertEqual(self.read("x.npy"), self.read("y.npy"))
         wide, single = self.values("x.csv"), self.values("x.npy")
@@ -580,7 +585,8 @@ class Outputs(Case):
         self.assertEqual(len(single), len(wide))
         self.assertEqual(set(self.files()), {"p.tsv", "x.npy", "x.csv", "x.json", "y.npy"})
         head = json.loads(self.read("x.json").decode())
-        self.assertEqual((head["sweep"], head["shape"], head["axes"]), ("attn_head_q_by_pos", [4, 15, 4], ["layer", "pos", "head"]))
+        self.assertEqual((head["sweep"], head["shape"]), ("attn_head_q_by_pos", [4, 15, 4]))
+        self.assertEqual(head["axes"], ["layer", "pos", "head"])
 
     def test_several_tables(self):
         """Several sweeps become FILE-SWEEP.EXT; on standard output they follow each other."""
@@ -606,7 +612,8 @@ class Outputs(Case):
         self.assertEqual([[float(x) for x in row[1:]] for row in rows[1:3]],
                          [[row["clean"], row["corrupted"]] for row in found["examples"]])
         self.assertEqual([float(x) for x in rows[3][1:]], [found["clean"], found["corrupted"]])
-        self.quiet("diff", self.tsv([[CLEAN, " Mary", " John"]], ["clean", "answer", "wrong"]), "-o", "one.npy", "-o", "one.json")
+        self.quiet("diff", self.tsv([[CLEAN, " Mary", " John"]], ["clean", "answer", "wrong"]), "-o", "one.npy",
+                   "-o", "one.json")
         self.assertEqual(util.read_npy(self.at("one.npy")).shape, (1, 1))
         self.assertIsNone(json.loads(self.read("one.json").decode())["corrupted"])
 
@@ -716,9 +723,9 @@ class Texts(Case):
         self.assertEqual(logits, sorted(logits, reverse=True))
         self.assertTrue(abs(sum(float(line[3]) for line in lines) - 1) <= 1e-6)
         self.assertEqual(self.quiet("top", CLEAN).splitlines(), ["\t".join(line) for line in lines[:10]])
-        said = self.quiet("top", CLEAN, "-k", "0", "--answer", " Mary", "--answer", " John", "--answer", " Mary").splitlines()
+        said = self.quiet("top", CLEAN, "-k", "0", "--answer", " Mary", "--answer", " John", "--answer", " Mary")
         want = {line[4]: "\t".join(line) for line in lines}
-        self.assertEqual(said, [want["| Mary|"], want["| John|"], want["| Mary|"]])
+        self.assertEqual(said.splitlines(), [want["| Mary|"], want["| John|"], want["| Mary|"]])
         self.assertEqual(self.quiet("top", CLEAN, "-k", "0"), "")
 
 

@@ -97,8 +97,8 @@ class Kernels(unittest.TestCase):
     def test_sums(self):
         """CRC-32 and SHA-256 are zlib's and hashlib's, whatever the length and the pieces."""
         chance = random.Random(3)
-        cases = [(n, piece) for n in list(range(0, 200)) + [1000, 4096, 65536, 100003] for piece in (1, 63, 64, 65, 7919)
-                 if n < 5000 or piece > 60]
+        lengths = list(range(200)) + [1000, 4096, 65536, 100003]
+        cases = [(n, piece) for n in lengths for piece in (1, 63, 64, 65, 7919) if n < 5000 or piece > 60]
         data = [bytes(chance.getrandbits(8) for _ in range(n)) for n, _ in cases if n < 5000]
         data += [b"\0" * n if piece % 2 else b"\xff" * n for n, piece in cases if n >= 5000]
         request = b"".join(struct.pack("=II", n, piece) + text for (n, piece), text in zip(cases, data))
