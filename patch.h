@@ -267,7 +267,7 @@ typedef struct patch_tensor {
 /* run_with_cache: n_prompts prompts of n_tokens ids each (tokens [B,T]), every hook point that one of
    the n_globs matches (`*` matches dots too; hook_result only where the glob itself contains
    "result"). needed, where not NULL, receives the bytes that the activations take, before anything is
-   allocated; with cache == NULL nothing more is done. Errors: USAGE where a glob matches nothing. */
+   allocated; with cache == NULL nothing more is done. Errors: INPUT where a glob matches nothing. */
 patch_status patch_run_with_cache(const patch_model *model, const int *tokens, size_t n_prompts,
                                   size_t n_tokens, const char *const *globs, size_t n_globs,
                                   size_t *needed, patch_cache **cache, patch_error *error);

@@ -441,7 +441,8 @@ class Prompts(Case):
         """An answer is one token, and the message shows those that it is."""
         self.check(r"answer is 2 tokens \(\|[^|]+\|\|[^|]+\|\) and must be one, p.tsv: line 3,",
                    [ROW, ROW[:2] + [" Mary John", " John"]])
-        self.check(r"wrong is [0-9]+ tokens \(.*\.\.\.\) and must be one, p.tsv: line 2,", [ROW[:3] + [" John and Mary"]])
+        self.check(r"wrong is [0-9]+ tokens \(.*\.\.\.\) and must be one, p.tsv: line 2,",
+                   [ROW[:3] + [" John and Mary"]])
         self.check("answer is empty, p.tsv: line 2,", [ROW[:2] + ["", " John"]])
         self.check("answer_id is 2 tokens", [ROW[:2] + ["5 6", " John"]], ["clean", "corrupted", "answer_id", "wrong"])
         self.refused("the answer is 2 tokens", "top", CLEAN, "--answer", " Mary John")
@@ -479,7 +480,8 @@ class Prompts(Case):
         self.quiet("diff", self.tsv([ROW]), "-o", "a.npy")
         self.quiet("diff", self.tsv([row], IDS), "-o", "b.npy")
         self.assertEqual(self.read("a.npy"), self.read("b.npy"))
-        self.quiet("diff", self.tsv([[CLEAN, row[1], ROW[2], row[3]]], ["clean", "corrupted_ids", "answer", "wrong_id"]),
+        mixed = ["clean", "corrupted_ids", "answer", "wrong_id"]
+        self.quiet("diff", self.tsv([[CLEAN, row[1], ROW[2], row[3]]], mixed),
                    "-o", "b.npy")
         self.assertEqual(self.read("a.npy"), self.read("b.npy"))
 
@@ -523,7 +525,8 @@ class Prompts(Case):
         self.assertEqual(len({tuple(ids[:2] + ids[3:]) for ids in parts}), 1)
         self.assertEqual(tokens(b"a\rb"), tokens(b"a\rb\r"))  # a CR is a CR, but at the line's end
         self.assertNotEqual(tokens(b"a\rb"), tokens(b"ab"))
-        self.refused("no column clean", "diff", self.write("p.tsv", b"cl\0ean\tcorrupted\tanswer\twrong\na\ta\t a\t a\n"))
+        self.refused("no column clean", "diff", self.write(
+            "p.tsv", b"cl\0ean\tcorrupted\tanswer\twrong\na\ta\t a\t a\n"))
         self.refused("is no id, p.tsv: line 2,", "diff", self.write(
             "p.tsv", b"clean_ids\tcorrupted_ids\tanswer_id\twrong_id\n1 2\0 3\t1 2 3\t1\t2\n"))
         for data in (b"\0", b"\0\n\0\n", b"\xff\xfe\n\xff\n", os.urandom(3000).replace(b"\t", b" ")):
@@ -539,11 +542,12 @@ class Prompts(Case):
             bad = [glob for glob in names.split(",") if glob not in ("*", "hook_embed")][0]
             self.refused("no hook point .*, %s, " % re.escape(bad), "cache", "--text", "a", "--names", names, "-o",
                          "x.safetensors")
-        for names, want in (("*", 77), ("*resid_pre", 4), ("blocks.[13].hook_mlp_out", 2), ("blocks.?.attn.hook_[qk]", 8),
+        for names, want in (("*", 4 + 4 * 17), ("*resid_pre", 4), ("blocks.[13].hook_mlp_out", 2),
+                            ("blocks.?.attn.hook_[qk]", 8),
                             ("hook_embed,*embed", 2), ("*hook_result", 4), ("blocks.[!0].ln1.*", 6)):
             self.quiet("cache", "--text", "a", "--names", names, "-o", "x.safetensors")
             found = set(util.read_safetensors(self.at("x.safetensors"))[0]) - {"tokens", "logits"}
-            self.assertEqual(len(found), want if names != "*" else 4 + 4 * 17, names)
+            self.assertEqual(len(found), want, names)
 
     def test_warnings(self):
         """A double space and an answer without its space are told once a file, with the line; ids are not."""
