@@ -66,21 +66,25 @@ class Parts(unittest.TestCase):
         self.assertLess(cells, json.loads(whole.stderr[whole.stderr.index("{"):])["cells"])
 
     def test_killed_at_random_moments(self):
-        """SIGKILL at up to 50 random moments, then to the end: the same file."""
-        self.assertEqual(self.sweep("whole.npy").returncode, 0)
-        choice, kills = random.Random(5), 0
-        argv = [util.binary(), "patch", PROMPTS, "--sweep", "attn_head_by_pos_every", "--threads", "1", "-o",
-                self.at("r.npy")] + SMALL
+        """SIGKILL at 50 random moments of a sweep of about five seconds: the same file in the end."""
+        columns, rows = util.read_tsv(PROMPTS)
+        many = util.write_tsv(self.at("many.tsv"), columns, rows * 5)
+        argv = [util.binary(), "patch", many, "--sweep", "attn_head_pattern_dest_src_pos", "--threads", "1"] + SMALL
+        argv = [str(word) for word in argv]
+        subprocess.run(argv + ["-o", self.at("whole.npy")], check=True)
+        choice, kills, grew, size = random.Random(5), 0, 0, 0
         while kills < 50 and not os.path.exists(self.at("r.npy")):
-            child = subprocess.Popen([str(word) for word in argv], stdin=subprocess.DEVNULL,
-                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(choice.uniform(0.01, 0.25))
+            child = subprocess.Popen(argv + ["-o", self.at("r.npy")])
+            time.sleep(choice.uniform(0.02, 0.15))
             kills += child.poll() is None
             child.kill()
             child.wait()
-        self.assertEqual(self.sweep("r.npy", *SMALL).returncode, 0)
+            before, size = size, os.path.getsize(self.at("r.npy.part")) if os.path.exists(self.at("r.npy.part")) else 0
+            grew += size > before
+        subprocess.run(argv + ["-o", self.at("r.npy")], check=True)
         self.assertEqual(read(self.at("r.npy")), read(self.at("whole.npy")))
         self.assertGreater(kills, 0)
+        self.assertGreater(grew, 1)
 
     def test_other_settings_are_refused_with_the_line_that_says_which(self):
         """A part of another direction, metric, prompt file or model is not gone on with."""
