@@ -4359,6 +4359,13 @@ static double random_gauss(Random *r) {
     return square * y;
 }
 
+void patch_trace_noise(unsigned seed, double *z, size_t n) {
+    Random r;
+    random_seed(&r, seed);
+    for (size_t i = 0; i < n; i++)
+        z[i] = random_gauss(&r);
+}
+
 /* A fact's traces: the family of one prompt. Bases: the clean run, then `samples` corrupted ones,
    whose subject's token embeddings are set to noisy ones. An item is (token, layer, sample). */
 typedef struct Trace {
@@ -4567,6 +4574,7 @@ typedef struct Ablation {
     const patch_cell *cells;
     const size_t *sets; /* [n_sets + 1] where each item's cells begin */
     float *values;      /* [groups, L, T, width] zeros, means or noise */
+    patch_hook hook;    /* of all cells */
     size_t T, width;
 } Ablation;
 
@@ -4580,30 +4588,68 @@ static void ablate_bases(const Family *f, size_t example, int base, patch_run *r
         runs[1].tokens = f->x[a->o->partner[example]].clean;
 }
 
-static void ablate_item(const Family *f, size_t example, size_t item, int base, int at,
-                        patch_run *run, patch_edit *edit) {
-    const Ablation *a = f->ctx;
+/* Is this one of an example's positions? */
+static int is_named(const patch_ablation *o, size_t example, int pos) {
+    const int *named = o->positions + example * (size_t)o->n_positions;
+    for (int i = 0; i < o->n_positions; i++)
+        if (named[i] == pos)
+            return 1;
+    return 0;
+}
+
+/* Does a set hold this head; with head -1, any head of the layer? */
+static int is_kept(const Ablation *a, size_t set, int layer, int head) {
+    for (size_t i = a->sets[set]; i < a->sets[set + 1]; i++)
+        if (a->cells[i].layer == layer && (head < 0 || a->cells[i].head == head))
+            return 1;
+    return 0;
+}
+
+/* Ablate one slice: a head (-1: all) at a position (-1: all). The slice's values stand where the
+   hook point's own would. */
+static void ablate_slice(const Ablation *a, size_t example, int layer, int pos, int head,
+                         int partner, patch_run *run, patch_edit *edits) {
+    static const patch_op ops[] = {PATCH_SET, PATCH_SET, PATCH_COPY, PATCH_ADD}; /* as patch_by */
     const size_t group = a->o->groups ? (size_t)a->o->groups[example] : 0;
-    const size_t part = hook_facts[a->cells->hook].shape == 'R' ? a->m->file.C : a->m->file.D;
-    size_t i;
+    const size_t part = hook_facts[a->hook].shape == 'R' ? a->m->file.C : a->m->file.D;
+    const size_t row = (group * a->m->file.L + (size_t)layer) * a->T + (pos < 0 ? 0 : (size_t)pos);
+
+    edits[run->n_edits++] = (patch_edit){
+        .hook = a->hook, .op = ops[a->o->by], .layer = layer, .pos = pos, .head = head, .src = -1,
+        .source = partner, .stride = a->width,
+        .values = a->values + row * a->width + (head < 0 ? 0 : (size_t)head * part)};
+}
+
+/* An item is a set of cells, and so one run. A layer of which nothing is kept is ablated as a whole:
+   its attention then need not be computed. */
+static void ablate_item(const Family *f, size_t example, size_t item, int base, int at,
+                        patch_run *run, patch_edit *edits) {
+    const Ablation *a = f->ctx;
+    const patch_ablation *o = a->o;
+    const int T = (int)a->T, H = o->keep ? a->m->dims.n_heads : 0;
 
     (void)at;
-    run->edits = edit;
-    run->n_edits = (int)(a->sets[item + 1] - a->sets[item]);
-    for (i = a->sets[item]; i < a->sets[item + 1]; i++, edit++) {
+    run->edits = edits;
+    run->n_edits = 0;
+    for (size_t i = a->sets[item]; i < a->sets[item + 1] && !o->keep; i++) {
         const patch_cell *c = &a->cells[i];
-        const size_t pos = c->pos < 0 ? 0 : (size_t)c->pos,
-                     head = c->head < 0 ? 0 : (size_t)c->head;
-
-        copy_whole(edit, c->hook, c->layer, c->pos, base + 1);
-        edit->head = c->head;
-        if (a->o->by == PATCH_BY_RESAMPLE)
-            continue;
-        edit->op = a->o->by == PATCH_BY_NOISE ? PATCH_ADD : PATCH_SET;
-        edit->stride = a->width;
-        edit->values = a->values +
-                       ((group * a->m->file.L + (size_t)c->layer) * a->T + pos) * a->width +
-                       head * part;
+        if (o->n_positions == 0)
+            ablate_slice(a, example, c->layer, c->pos, c->head, base + 1, run, edits);
+        for (int pos = 0; pos < T && o->n_positions > 0; pos++)
+            if (is_named(o, example, pos))
+                ablate_slice(a, example, c->layer, pos, c->head, base + 1, run, edits);
+    }
+    for (int l = 0; l < a->m->dims.n_layers && o->keep; l++) {
+        const int any = is_kept(a, item, l, -1);
+        if (!any)
+            ablate_slice(a, example, l, -1, -1, base + 1, run, edits);
+        for (int h = 0; h < H && any; h++)
+            if (!is_kept(a, item, l, h))
+                ablate_slice(a, example, l, -1, h, base + 1, run, edits);
+            else
+                for (int pos = 0; pos < T && o->n_positions > 0; pos++)
+                    if (!is_named(o, example, pos))
+                        ablate_slice(a, example, l, pos, h, base + 1, run, edits);
     }
 }
 
@@ -4630,7 +4676,7 @@ static patch_status activation_means(const Model *m, const patch_example *x, siz
         run.tokens = x[b].clean;
         run.n_tokens = x[b].n_tokens;
         for (l = 0; l < L; l++) {
-            reads[l].hook = a->cells->hook;
+            reads[l].hook = a->hook;
             reads[l].layer = (int)l;
             reads[l].pos = -1;
             reads[l].out = rows + l * size;
@@ -4687,6 +4733,11 @@ static patch_status check_ablation(const Model *m, const patch_example *x, size_
             hook_facts[cells[i].hook].shape == 'P' || hook_where((int)cells[i].hook) != EACH)
             return fail(e, PATCH_E_USAGE, "site", "cells of one hook point inside the blocks are "
                         "wanted, and no pattern; choose another site");
+    for (i = 0; i < n_cells && o->keep; i++)
+        if (cells[i].hook != PATCH_Z || cells[i].head < 0)
+            return fail(e, PATCH_E_INPUT, "keep", "what is kept is z of single heads; name layer "
+                        "and head of each");
+    WITHIN("number of positions", o->n_positions, 0, o->positions ? INT_MAX / 4 : 0);
     WITHIN("number of groups", o->n_groups, 1, INT_MAX / 4);
     for (run = 0; run < n; run++) {
         WITHIN("number of tokens", x[run].n_tokens, 1, m->dims.n_ctx);
@@ -4695,6 +4746,9 @@ static patch_status check_ablation(const Model *m, const patch_example *x, size_
             WITHIN("partner", o->partner[run], 0, n - 1);
         if (o->groups != NULL)
             WITHIN("group", o->groups[run], 0, o->n_groups - 1);
+        for (i = 0; i < (size_t)o->n_positions; i++)
+            WITHIN("position", o->positions[run * (size_t)o->n_positions + i], -1,
+                   x[0].n_tokens - 1);
     }
     for (i = run = 0; n > 0 && i < n_cells; i++)
         if (check_slice(m, i, (int)cells[i].hook, cells[i].layer, cells[i].pos, cells[i].head,
@@ -4714,7 +4768,7 @@ patch_status patch_ablate(const patch_model *m, const patch_example *x, size_t n
     patch_status s = check_ablation(m, x, n, cells, sets[n_sets], o, e);
     size_t i;
 
-    if (s != PATCH_OK || n == 0 || n_sets == 0 || sets[n_sets] == 0)
+    if (s != PATCH_OK || n == 0 || n_sets == 0)
         return s;
     both = pool_take(&pool, 2 * n, sizeof *both);
     memset(&a, 0, sizeof a);
@@ -4723,9 +4777,12 @@ patch_status patch_ablate(const patch_model *m, const patch_example *x, size_t n
     a.cells = cells;
     a.sets = sets;
     a.T = (size_t)x[0].n_tokens;
-    a.width = hook_width(m, (int)cells->hook, 0);
+    a.hook = sets[n_sets] ? cells->hook : PATCH_Z;
+    a.width = hook_width(m, (int)a.hook, 0);
     for (i = 0; i < n_sets; i++)
         f.item_edits = sets[i + 1] - sets[i] > f.item_edits ? sets[i + 1] - sets[i] : f.item_edits;
+    f.item_edits *= o->n_positions ? a.T : 1;
+    f.item_edits += o->keep ? m->file.L * m->file.H : 0;
     f.x = x;
     f.n = n;
     f.per_example = n_sets;
@@ -4995,6 +5052,130 @@ patch_status patch_head_kinds(const patch_model *m, const int *tokens, int n_tok
             }
             scores[(size_t)kind * L * H + i] = hit / all;
         }
+    return pool_end(&pool, s);
+}
+
+/* Copying scores: does a head, attending to a name, write that name?  x [n,C]: each name's token as
+   MLP 0 extends it, without position and attention: W_E[name] + MLP0(LN2(W_E[name])). The engine
+   computes it, position embedding and attention being set to zero. */
+static patch_status extended_embeddings(const Model *m, Pool *pool, const int *names, size_t n,
+                                        float *x, patch_error *e) {
+    float *zeros = pool_take(pool, m->file.C, sizeof *zeros);
+    patch_run *runs = pool_take(pool, n, sizeof *runs);
+    patch_read *reads = pool_take(pool, n, sizeof *reads);
+    const patch_edit edits[] = {
+        {.hook = PATCH_POS_EMBED, .op = PATCH_SET, .head = -1, .src = -1, .values = zeros},
+        {.hook = PATCH_ATTN_OUT, .op = PATCH_SET, .head = -1, .src = -1, .values = zeros}};
+
+    if (!zeros || !runs || !reads)
+        return no_memory(e, "copying", pool->refused);
+    for (size_t i = 0; i < n; i++) {
+        runs[i] = (patch_run){&names[i], 1, edits, 2};
+        reads[i] = (patch_read){.hook = PATCH_RESID_POST, .run = (int)i, .out = x + i * m->file.C};
+    }
+    return execute(m, pool, runs, n, reads, n, 1, NULL, e);
+}
+
+/* What the heads of a layer make of x [n,C]: out [H,n,C] = LN_final(x . W_V . W_O), without LN1 and
+   biases. v: scratch [n,C]; ln [2,C]: the final LayerNorm's weight and bias, NULL where folded. */
+static patch_status copying_rows(const Work *w, size_t layer, const float *x, size_t n,
+                                 const float *ln, float *v, float *out, patch_error *e) {
+    const Model *m = w->m;
+    const size_t C = m->file.C, D = m->file.D, H = m->file.H;
+    Linear l = layer_linear(m, layer, LINEAR_V);
+    Rows r = {.n = n, .x = x, .ldx = C, .y = v, .ldy = C};
+    patch_status s;
+
+    l.drop_bias = 1;
+    s = linear(w, &l, &r, NULL, e);
+    for (size_t h = 0; h < H && s == PATCH_OK; h++) {
+        l = layer_linear(m, layer, LINEAR_O);
+        l.k = D;
+        l.first_row = h * D;
+        l.drop_bias = 1;
+        r.x = v + h * D;
+        r.y = out + h * n * C;
+        s = linear(w, &l, &r, NULL, e);
+    }
+    for (float *row = out; row < out + H * n * C && s == PATCH_OK; row += C) {
+        float scale;
+        m->kernels->norm_scale(row, C, m->file.eps, &scale);
+        m->kernels->normalize(row, C, scale, ln, ln ? ln + C : NULL, row);
+    }
+    return s;
+}
+
+/* Add 1/n to a head's score for each of `some` rows, number `first` and on of [H,n], whose own name
+   has fewer than 5 tokens above it. -W_OV turns LN's x w + b into -x w + b: its logits are those
+   mirrored at `middle`, the logits of b alone. */
+static void count_copies(const Work *w, const int *names, size_t n, size_t first, size_t some,
+                         const float *logits, const float *middle, double *positive,
+                         double *negative, int *above) {
+    const size_t V = w->m->file.V;
+
+    PARALLEL(team(w->m, (double)some * (double)V), schedule(static))
+    for (long i = 0; i < (long)some; i++) {
+        const float *row = logits + (size_t)i * V;
+        const int own = names[(first + (size_t)i) % n];
+        const double mirrored = 2 * (double)middle[own] - (double)row[own];
+        int higher = 0, lower = 0;
+
+        for (size_t v = 0; v < V; v++) { /* a NaN is never below */
+            higher += !(row[v] <= row[own]);
+            lower += !(2 * (double)middle[v] - (double)row[v] <= mirrored);
+        }
+        above[2 * i] = higher;
+        above[2 * i + 1] = lower;
+    }
+    for (size_t i = 0; i < some; i++) {
+        positive[(first + i) / n] += above[2 * i] < 5 ? 1 / (double)n : 0;
+        negative[(first + i) / n] += above[2 * i + 1] < 5 ? 1 / (double)n : 0;
+    }
+}
+
+patch_status patch_copying_scores(const patch_model *m, const int *names, size_t n,
+                                  double *positive, double *negative, patch_error *e) {
+    const size_t C = m->file.C, H = m->file.H, V = m->file.V, rows = H * n;
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    float *x, *v, *out, *logits, *middle, *ln;
+    double *mean, bias_mean;
+    int above[2 * LOGIT_ROWS];
+    size_t run = 0;
+    patch_status s;
+    Work w;
+
+    WITHIN("number of names", n, 1, 1000000);
+    for (run = 0; run < n; run++)
+        WITHIN("name", names[run], 0, m->dims.d_vocab - 1);
+    x = pool_take(&pool, n * C, sizeof *x);
+    v = pool_take(&pool, n * C, sizeof *v);
+    out = pool_take(&pool, rows * C, sizeof *out);
+    logits = pool_take(&pool, (rows < LOGIT_ROWS ? rows : LOGIT_ROWS) * V, sizeof *logits);
+    middle = pool_take(&pool, V, sizeof *middle);
+    ln = pool_take(&pool, 2 * C, sizeof *ln);
+    mean = pool_take(&pool, C, sizeof *mean);
+    if (!x || !v || !out || !logits || !middle || !ln || !mean)
+        return pool_end(&pool, no_memory(e, "copying", pool.refused));
+    if ((s = work_begin(&w, m, &pool, NULL, e)) != PATCH_OK ||
+        (s = extended_embeddings(m, &pool, names, n, x, e)) != PATCH_OK)
+        return pool_end(&pool, s);
+    if (!vocabulary_mean(&w, mean, &bias_mean) ||
+        (!(m->steps & DID_FOLD_LN) && (!weights_row(&m->file, tail_tensor(&m->file, 0), 0, ln, pool.a) ||
+                                       !weights_row(&m->file, tail_tensor(&m->file, 1), 0, ln + C, pool.a))))
+        return pool_end(&pool, unreadable(m, e));
+    s = all_logits(&w, ln + C, NULL, 1, mean, bias_mean, middle, e); /* of b, or of folded zeros */
+    memset(positive, 0, m->file.L * H * sizeof *positive);
+    memset(negative, 0, m->file.L * H * sizeof *negative);
+    for (size_t l = 0; l < m->file.L && s == PATCH_OK; l++) {
+        s = copying_rows(&w, l, x, n, m->steps & DID_FOLD_LN ? NULL : ln, v, out, e);
+        for (size_t at = 0, some; at < rows && s == PATCH_OK; at += some) {
+            some = rows - at < LOGIT_ROWS ? rows - at : LOGIT_ROWS;
+            s = all_logits(&w, out + at * C, NULL, some, mean, bias_mean, logits, e);
+            if (s == PATCH_OK)
+                count_copies(&w, names, n, at, some, logits, middle, positive + l * H,
+                             negative + l * H, above);
+        }
+    }
     return pool_end(&pool, s);
 }
 #endif /* PATCH_CORE */

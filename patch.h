@@ -381,6 +381,11 @@ patch_status patch_trace(const patch_model *model, const patch_fact *fact,
                          const patch_trace_options *options, double *high, double *low,
                          double *cells, patch_stats *stats, patch_error *error);
 
+/* z [n] = the first values of numpy's RandomState(seed).randn, bit for bit: with seed 1 the noise of
+   patch_trace, in the order [samples, subject's tokens, C] and in units of sigma. z is the caller's.
+   It cannot fail. */
+void patch_trace_noise(unsigned seed, double *z, size_t n);
+
 /* How an ablated slice is replaced. */
 typedef enum patch_by {
     PATCH_BY_ZERO,
@@ -397,10 +402,20 @@ typedef struct patch_ablation {
     const int *partner; /* [n] RESAMPLE: another example's number */
     double noise;
     unsigned seed;
+    const int *positions; /* [n, n_positions] of each example, -1: none; the caller's. NULL and 0: */
+    int n_positions;      /* a cell is ablated at its own pos; else at these, whatever its pos */
+    int keep; /* not 0: what a set does *not* name is ablated: every head's z, of every layer, at every
+                 position, but the set's heads at `positions` (n_positions 0: at all). A set without
+                 cells ablates all heads. */
 } patch_ablation;
 
-/* Ablate sets of cells of one hook point in the clean runs: set i is cells[sets[i]..sets[i+1]-1]. All
-   examples have one length. values [n, n_sets], unpatched [n] (may be NULL). */
+/* Ablate sets of cells of one hook point in the clean runs: set i is cells[sets[i]..sets[i+1]-1]
+   (sets [n_sets + 1]), and may be empty. All examples have one length. values [n, n_sets]: the metric
+   after the ablation; unpatched [n]: of the clean run (may be NULL). Both are the caller's. With
+   `keep`, a circuit's faithfulness, completeness and minimality are differences of such values (Wang
+   et al. 2022, arXiv:2211.00593). Errors: USAGE (a hook point that cannot be ablated, a metric), INPUT
+   (examples, cells, groups, partners or positions that do not fit; with `keep`, a cell that is not z
+   of one head), MEMORY. */
 patch_status patch_ablate(const patch_model *model, const patch_example *examples, size_t n,
                           const patch_cell *cells, const size_t *sets, size_t n_sets,
                           const patch_ablation *options, double *values, double *unpatched,
@@ -437,6 +452,15 @@ patch_status patch_logit_lens(const patch_model *model, const patch_example *exa
    induction heads on one prompt. */
 patch_status patch_head_kinds(const patch_model *model, const int *tokens, int n_tokens,
                               double *scores, patch_error *error);
+
+/* Copying scores (Wang et al. 2022, arXiv:2211.00593): positive [L, H] is the share of `names` (n_names
+   >= 1 token ids; one that stands twice counts twice) that a head writes when it attends to them. The
+   name's embedding, extended by MLP 0 but without position and attention, goes through the head's
+   W_V W_O (no LN1, b_V and b_O), the final LayerNorm, W_U and b_U; it is written where fewer than 5
+   tokens have a higher logit. negative [L, H]: the same of -W_V W_O. Both arrays are the caller's.
+   Errors: INPUT (no names, an id out of range), IO, MEMORY. */
+patch_status patch_copying_scores(const patch_model *model, const int *names, size_t n_names,
+                                  double *positive, double *negative, patch_error *error);
 
 #ifdef __cplusplus
 }

@@ -440,8 +440,11 @@ static patch_status act_trace(World *w, int kinds, Digest *d, patch_error *e) {
     return s;
 }
 
+/* KEEP and a way: everything but a set is ablated, at positions of each example's own. */
+enum { KEEP = 8 };
+
 static patch_status act_ablate(World *w, int by, Digest *d, patch_error *e) {
-    static const int partner[B] = {1, 2, 0};
+    static const int partner[B] = {1, 2, 0}, positions[2 * B] = {T - 1, 2, 3, -1, 0, 4};
     enum { CELLS = 4 };
     const size_t sets[] = {0, 1, 4};
     patch_cell cells[CELLS];
@@ -457,11 +460,14 @@ static patch_status act_ablate(World *w, int by, Digest *d, patch_error *e) {
         cells[i].pos = i - 1;
         cells[i].src = -1;
     }
-    o.by = (patch_by)by;
+    o.by = (patch_by)(by % KEEP);
     o.n_groups = 1;
     o.partner = partner;
     o.noise = 1;
     o.seed = 4;
+    o.keep = by >= KEEP;
+    o.positions = o.keep ? positions : NULL;
+    o.n_positions = o.keep ? 2 : 0;
     s = patch_ablate(w->model, w->x, B, cells, sets, 2, &o, values, unpatched, NULL, e);
     if (s == PATCH_OK) {
         feed(d, values, sizeof values);
@@ -529,6 +535,19 @@ static patch_status act_heads(World *w, int which, Digest *d, patch_error *e) {
     return s;
 }
 
+static patch_status act_copying(World *w, int which, Digest *d, patch_error *e) {
+    const patch_dims *x = patch_model_dims(w->model);
+    const size_t n = (size_t)(x->n_layers * x->n_heads);
+    double *scores = room(2 * n, sizeof *scores);
+    const patch_status s = patch_copying_scores(w->model, w->tokens[0], T, scores, scores + n, e);
+
+    (void)which;
+    if (s == PATCH_OK)
+        feed(d, scores, 2 * n * sizeof *scores);
+    free(scores);
+    return s;
+}
+
 static const struct {
     const char *name;
     Action act;
@@ -559,10 +578,13 @@ static const struct {
     {"ablate mean", act_ablate, PATCH_BY_MEAN, 1, 0, 0},
     {"ablate resample", act_ablate, PATCH_BY_RESAMPLE, 1, 0, 0},
     {"ablate noise", act_ablate, PATCH_BY_NOISE, 1, 0, 0},
+    {"ablate all but, mean", act_ablate, KEEP + PATCH_BY_MEAN, 1, 0, 0},
+    {"ablate all but, resample", act_ablate, KEEP + PATCH_BY_RESAMPLE, 1, 0, 0},
     {"paths to the end", act_paths, 0, 1, 0, 0},
     {"paths to a head", act_paths, 1, 1, 0, 0},
     {"lens", act_lens, 0, 0, 0, 0},
     {"heads", act_heads, 0, 0, 0, 0},
+    {"copying", act_copying, 0, 0, 0, 0},
 };
 
 enum { ACTIONS = sizeof actions / sizeof actions[0] };
@@ -838,7 +860,7 @@ static void wrong_analyses(World *w) {
     patch_ablation by;
     patch_fact fact;
     patch_cell cell;
-    int partner[B] = {1, 2, 3};
+    int partner[B] = {1, 2, 3}, positions[2 * B] = {0, -1, T - 1, T, 2, 2}, names[2] = {1, 0};
 
     memset(&o, 0, sizeof o);
     memset(&by, 0, sizeof by);
@@ -870,6 +892,24 @@ static void wrong_analyses(World *w) {
     by.partner = partner;
     REFUSED("a partner that is none", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error),
             PATCH_E_INPUT);
+    by.by = PATCH_BY_ZERO;
+    by.positions = positions;
+    by.n_positions = 2;
+    REFUSED("ablating position T", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error),
+            PATCH_E_INPUT);
+    by.positions = NULL;
+    REFUSED("no positions", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error),
+            PATCH_E_INPUT);
+    by.n_positions = 0;
+    by.keep = 1;
+    cell.head = -1;
+    REFUSED("keeping all heads", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error),
+            PATCH_E_INPUT);
+    cell.head = 0;
+    cell.hook = PATCH_Q;
+    REFUSED("keeping q", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error),
+            PATCH_E_INPUT);
+    by.keep = 0;
     cell.hook = PATCH_PATTERN;
     REFUSED("ablating a pattern", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error),
             PATCH_E_USAGE);
@@ -880,6 +920,9 @@ static void wrong_analyses(World *w) {
             patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error), PATCH_E_INPUT);
     w->x[1].n_tokens = T;
     REFUSED("heads of no tokens", patch_head_kinds(w->model, w->tokens[0], 0, values, error), PATCH_E_INPUT);
+    REFUSED("copying no names", patch_copying_scores(w->model, names, 0, values, cells, error), PATCH_E_INPUT);
+    names[1] = d->d_vocab;
+    REFUSED("copying d_vocab", patch_copying_scores(w->model, names, 2, values, cells, error), PATCH_E_INPUT);
 }
 
 /* Ids that are none of the model's, where they are looked up before anything is run. */

@@ -233,6 +233,17 @@ class Ctypes(unittest.TestCase):
             symbols = re.findall(r" [TDBRC] (\w+)", run(["nm", "-D", "--defined-only", at("libactpatch.so")]))
             self.assertEqual(sorted(name for name in symbols if not name.startswith("_")), names)
 
+    def test_noise(self):
+        """patch_trace_noise begins as NumPy's RandomState(seed).randn, and n changes nothing but the end."""
+        for seed, want in ((1, (1.62434536, -0.61175641, -0.52817175)), (0, (1.76405235, 0.40015721, 0.97873798))):
+            z = (ctypes.c_double * 701)()
+            for n in (0, 1, 3, 700):
+                self.lib.patch_trace_noise(ctypes.c_uint(seed), z, ctypes.c_size_t(n))
+                self.assertEqual(z[n], 0)
+                for got, value in zip(z[:n], want):
+                    self.assertTrue(abs(got - value) <= 5.1e-9, z[:3])
+                z[n:] = [0.0] * (701 - n)
+
     def test_from_python(self):
         """Python opens a model, encodes, runs and reads the logits that `top` prints."""
         lib, error, handle = self.lib, Error(), ctypes.c_void_p()
