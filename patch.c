@@ -5594,6 +5594,7 @@ typedef struct Table {
     const char *model;         /* SHA-256 in hexadecimal, NULL: none */
     const char *json_more;     /* further members of the object, NULL: none */
     const char *json_stats;    /* a JSON object, NULL: none */
+    const double *band;        /* half the width of a band around each value, NULL: none */
 } Table;
 
 /* Formats, by file ending; one line each (FORMATS in this chapter). Each writer has this form and
@@ -6907,185 +6908,10 @@ static patch_status write_tables(const char *path, const Format *formats, const 
 
 #endif /* writers */
 
-#ifndef PATCH_NO_MAIN
-/* ---- 12.11 Part files: what a killed run leaves, and what shards are joined from ----
-   A sweep's finished items are appended to a file beside its output, and the same command goes on
-   from there. The file is: a head, which says in lines "key: value" what is computed and, behind an
-   empty line, how the tables are made from it; then records, in any order, each
-        u64 first item   u64 count n   f64 values [n]   f64 unpatched [examples touched, bases]
-        u32 CRC-32 of all that
-   little-endian. A record that is cut short or damaged ends the file: it is computed again. */
-
-enum { PART_LENGTH = 22, PART_SHARD = 33 }; /* where the head's length and the line `shard` stand */
-
-typedef struct Part {
-    const char *path;
-    FILE *f;
-    const char *head; /* the caller's, n_head bytes */
-    size_t n_head, n_items, per_example, bases;
-    double *values, *unpatched; /* [n_items], [examples, bases]: the caller's */
-    unsigned char *have;        /* [n_items] 1: the value is there */
-    long writes_left;           /* fault hook: die by SIGKILL at this write, 0: never */
-} Part;
-
-static uint64_t double_bits(double x) {
-    uint64_t bits;
-
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-static double bits_double(uint64_t bits) {
-    double x;
-
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-/* Bytes of a record of items first .. first + n - 1. */
-static size_t record_bytes(const Part *p, size_t first, size_t n, size_t *examples) {
-    *examples = n == 0 ? 0 : (first + n - 1) / p->per_example - first / p->per_example + 1;
-    return 16 + 8 * n + 8 * *examples * p->bases + 4;
-}
-
-/* Take over one record's numbers; 0 where it is damaged. */
-static int part_record(Part *p, const unsigned char *r, size_t left, size_t *length) {
-    const uint64_t first = left >= 16 ? get_u64(r) : 0, n = left >= 16 ? get_u64(r + 8) : 0;
-    size_t i, examples, from;
-
-    if (left < 20 || first > p->n_items || n == 0 || n > p->n_items - first)
-        return 0;
-    *length = record_bytes(p, (size_t)first, (size_t)n, &examples);
-    if (*length > left || crc32_of(0, r, *length - 4) != get_u32(r + *length - 4))
-        return 0;
-    for (i = 0; i < n; i++) {
-        p->values[first + i] = bits_double(get_u64(r + 16 + 8 * i));
-        p->have[first + i] = 1;
-    }
-    from = (size_t)first / p->per_example * p->bases;
-    for (i = 0; i < examples * p->bases; i++)
-        p->unpatched[from + i] = bits_double(get_u64(r + 16 + 8 * ((size_t)n + i)));
-    return 1;
-}
-
-/* The first line in which two heads differ, for the message that refuses. */
-static patch_status other_head(const char *path, const char *want, size_t n_want, const char *got,
-                               size_t n_got, patch_error *e) {
-    size_t i, line = 0;
-    int width;
-
-    for (i = 0; i < n_want && i < n_got && want[i] == got[i]; i++)
-        if (want[i] == '\n')
-            line = i + 1;
-    width = (int)strcspn(got + (line < n_got ? line : 0), "\n");
-    return fail(
-        e, PATCH_E_INPUT, path,
-        "holds the part of another run (%.*s); remove it or give the settings it was made with",
-        width > 120 ? 120 : width, line < n_got ? got + line : "");
-}
-
-/* All records of a part file's bytes, behind its head; returns how many bytes are sound. */
-static size_t part_records(Part *p, const unsigned char *bytes, size_t n) {
-    size_t at = p->n_head, length;
-
-    while (at < n && part_record(p, bytes + at, n - at, &length))
-        at += length;
-    return at;
-}
-
-/* A whole file into memory of the pool, with a zero behind it; NULL with errno. */
-static unsigned char *read_whole(Pool *pool, const char *path, size_t *n) {
-    FILE *f = fopen(path, "rb");
-    unsigned char *bytes = NULL;
-    long size;
-
-    if (f == NULL)
-        return NULL;
-    if (fseek(f, 0, SEEK_END) == 0 && (size = ftell(f)) >= 0 && fseek(f, 0, SEEK_SET) == 0 &&
-        (bytes = pool_take(pool, (size_t)size + 1, 1)) != NULL)
-        *n = fread(bytes, 1, (size_t)size, f);
-    fclose(f);
-    return bytes;
-}
-
-/* Open a part file, going on with what is there. An unsound end is cut off by writing the file
-   anew. */
-static patch_status part_open(Part *p, patch_error *e) {
-    const char *die = getenv("ACTPATCH_DIE_AT_WRITE"); /* for the tests */
-    Pool pool = pool_begin(&HEAP, SIZE_MAX / 2);
-    size_t n = 0, sound = 0;
-    unsigned char *bytes = read_whole(&pool, p->path, &n);
-    patch_status s = PATCH_OK;
-    OutFile out;
-
-    p->writes_left = die ? atol(die) : 0;
-    if (bytes != NULL && n >= p->n_head && memcmp(bytes, p->head, p->n_head) == 0)
-        sound = part_records(p, bytes, n);
-    else if (bytes != NULL && n > 0 && !(n < p->n_head && memcmp(bytes, p->head, n) == 0))
-        s = n <= PART_SHARD ? other_head(p->path, p->head, p->n_head, (const char *)bytes, n, e)
-                            : other_head(p->path, p->head + PART_SHARD, p->n_head - PART_SHARD,
-                                         (const char *)bytes + PART_SHARD, n - PART_SHARD, e);
-    if (s == PATCH_OK && (sound == 0 || sound < n) &&
-        (s = out_open(&out, p->path, e)) == PATCH_OK) {
-        fwrite(sound ? (const char *)bytes : p->head, 1, sound ? sound : p->n_head, out.f);
-        s = out_close(&out, e);
-    }
-    if (s == PATCH_OK && (p->f = fopen(p->path, "ab")) == NULL)
-        s = fail(e, PATCH_E_IO, p->path, "cannot be written (%s); name another output",
-                 strerror(errno));
-    return pool_end(&pool, s);
-}
-
-/* Append items just finished: patch_cells_options.done. */
-static patch_status part_append(void *ctx, size_t first, size_t n, const double *values,
-                                patch_error *e) {
-    Part *p = ctx;
-    size_t examples, i, at = 16;
-    const size_t length = record_bytes(p, first, n, &examples),
-                 from = first / p->per_example * p->bases;
-    unsigned char *r = take(&HEAP, length, 1);
-    int ok = r != NULL;
-
-    if (!ok)
-        return no_memory(e, p->path, length);
-    set_little(r, first, 8);
-    set_little(r + 8, n, 8);
-    for (i = 0; i < n; i++, at += 8)
-        set_little(r + at, double_bits(values[i]), 8);
-    for (i = 0; i < examples * p->bases; i++, at += 8)
-        set_little(r + at, double_bits(p->unpatched[from + i]), 8);
-    set_little(r + at, crc32_of(0, r, at), 4);
-#ifdef SIGKILL
-    if (p->writes_left > 0 && --p->writes_left == 0) { /* half a record, then death */
-        fwrite(r, 1, length / 2, p->f);
-        fflush(p->f);
-        raise(SIGKILL);
-    }
-#endif
-    ok = fwrite(r, 1, length, p->f) == length && fflush(p->f) == 0;
-    give(&HEAP, r);
-    for (i = 0; i < n; i++)
-        p->have[first + i] = 1;
-    return ok ? PATCH_OK
-              : fail(e, PATCH_E_IO, p->path,
-                     "could not be written (%s); make room and run this again, "
-                     "it goes on from here",
-                     strerror(errno));
-}
-
-/* Close; with `remove_it` the whole is written elsewhere and the part not needed any more. */
-static void part_close(Part *p, int remove_it) {
-    if (p->f != NULL)
-        fclose(p->f);
-    p->f = NULL;
-    if (remove_it)
-        remove(p->path);
-}
-#endif
-
 /* ==== 13. Command line ===========================================================================
    Left out where PATCH_NO_MAIN is defined. A new command is a function, its line in COMMANDS, and
-   lines in OPTIONS for what it alone accepts. Nothing here is global: one App is one call. */
+   lines in OPTIONS for what it alone accepts. Nothing here is global: one App is one call. An error
+   ends the program where it is found, so that no function below has a path for it. */
 
 #ifndef PATCH_NO_MAIN
 
@@ -7097,11 +6923,17 @@ static void part_close(Part *p, int remove_it) {
 #define HAS_POSIX 0
 #endif
 
+#if defined(__GNUC__)
+#define NORETURN __attribute__((noreturn))
+#else
+#define NORETURN
+#endif
+
 #ifndef ACTPATCH_PREFIX
 #define ACTPATCH_PREFIX "/usr/local" /* of an installation; the Makefile knows better */
 #endif
 
-/* ---- 13.1 One call: what it was asked, memory, messages -------------------------------------- */
+/* ---- 13.1 One call: what it was asked, memory, messages ------------------------------------- */
 
 typedef struct App App;
 
@@ -7109,15 +6941,15 @@ typedef struct App App;
 typedef struct Command {
     const char *name, *operands, *summary;
     const char *text;      /* the rest of its help */
-    unsigned accepts;      /* groups of OPTIONS */
+    const char *accepts;   /* groups of OPTIONS, a letter each */
     size_t least, most;    /* operands */
     const char *needs;     /* an option with a value that must be there; NULL: none */
     const Format *formats; /* that -o takes; NULL: a file of any name but - */
     int one_file;          /* it makes exactly one file */
-    patch_status (*run)(App *app, patch_error *e);
+    void (*run)(App *app);
 } Command;
 
-/* The words of an option that may be repeated, or the operands. */
+/* The values of an option that may be repeated, or the operands. */
 typedef struct List {
     const char **items; /* room for every argument of the call */
     size_t n;
@@ -7131,65 +6963,116 @@ struct App {
     const Command *command;
     List operands, outputs, answers;
     patch_options load;
-    const char *model_path, *sweeps, *names, *text, *heads, *to, *site, *groups, *kind, *shard;
-    const char *sweep[MAX_SWEEPS]; /* the names in `sweeps`, each once */
-    size_t n_sweeps;
-    int metric, color, side; /* indices into METRICS (as patch_metric), COLORS, SIDES */
-    int freeze_mlps, by, keep, window, samples, severed, bos, seed;
-    double noise;
+    const char *model_path, *sweeps, *names, *text, *heads, *to, *site, *groups, *positions, *kind,
+        *shard;
+    int metric, color, side, by; /* indices into METRICS, COLORS, SIDES, WAYS */
+    int freeze_mlps, keep, window, samples, severed, bos, seed, k;
     int no_processing, no_bos, noising, normalize, per_prompt, brute, stats, verify, help;
-    int k;
-    double range;
+    double noise, range;
     patch_model *model; /* opened before the command's function runs */
-    Pool pool;          /* lives as long as the call: no function below cleans up after itself */
+    size_t L, H;        /* its layers and heads */
+    Pool pool;          /* lives as long as the call: no function below frees anything */
+    patch_error e;      /* what every call of the library fills */
+    OutFile out;        /* the file that is being written */
+    struct Part *part;  /* the part file that is open */
 };
-
-/* In functions that return a patch_status and have an `app` and an `e`: errors return at once. */
-#define TRY(call)                                                                                  \
-    do {                                                                                           \
-        const patch_status try_status = (call);                                                    \
-        if (try_status != PATCH_OK)                                                                \
-            return try_status;                                                                     \
-    } while (0)
-
-/* Make `pointer` an array of n zeroed elements. */
-#define KEEP(pointer, n)                                                                           \
-    do {                                                                                           \
-        if (((pointer) = pool_take(&app->pool, n, sizeof *(pointer))) == NULL)                     \
-            return no_memory(e, app->command->name, app->pool.refused);                            \
-    } while (0)
-
-/* Like sprintf, into memory of the call's. */
-static patch_status keep_text(App *app, char **text, patch_error *e, const char *format, ...) {
-    va_list values;
-    int n;
-
-    va_start(values, format);
-    n = vsnprintf(NULL, 0, format, values);
-    va_end(values);
-    KEEP(*text, (size_t)n + 1);
-    va_start(values, format);
-    vsnprintf(*text, (size_t)n + 1, format, values);
-    va_end(values);
-    return PATCH_OK;
-}
 
 /* One line on stderr: what, where, what to do; e->message has the first and the last as "what; what
    to do". Control bytes of file names and prompts are masked, so that it stays one line. */
 static void print_message(const char *kind, const patch_error *e) {
-    char line[sizeof e->where + sizeof e->message + 32], *p;
-    const char *s, *remedy = NULL;
-    int length;
-
-    for (s = strstr(e->message, "; "); s != NULL; s = strstr(s + 1, "; "))
+    char line[sizeof e->where + sizeof e->message + 32];
+    const char *remedy = NULL;
+    for (const char *s = strstr(e->message, "; "); s != NULL; s = strstr(s + 1, "; "))
         remedy = s;
-    length = remedy != NULL ? (int)(remedy - e->message) : (int)strlen(e->message);
-    snprintf(line, sizeof line, "actpatch: %s%.*s, %s%s%s", kind, length, e->message, e->where,
+    const size_t length = remedy != NULL ? (size_t)(remedy - e->message) : strlen(e->message);
+    snprintf(line, sizeof line, "actpatch: %s%.*s, %s%s%s", kind, (int)length, e->message, e->where,
              remedy != NULL ? ", " : "", remedy != NULL ? remedy + 2 : "");
-    for (p = line; *p != '\0'; p++)
+    for (char *p = line; *p != '\0'; p++)
         if ((unsigned char)*p < 0x20 || *p == 0x7F)
             *p = '?';
     fprintf(stderr, "%s\n", line);
+}
+
+static void part_close(struct Part *p, int finished);
+
+/* End with the error in app->e. What was finished stays, a part file included; the file that is
+   being written goes. */
+static NORETURN void give_up(App *app) {
+    print_message("", &app->e);
+    out_drop(&app->out);
+    if (app->part != NULL)
+        part_close(app->part, 0);
+    exit(app->e.code == PATCH_E_USAGE ? 2 : 1);
+}
+
+/* For the library's calls: what fails ends the program. */
+static void must(App *app, patch_status status) {
+    if (status != PATCH_OK)
+        give_up(app);
+}
+
+/* End with an error of the command line's own. */
+static NORETURN void stop(App *app, patch_status code, const char *where, const char *format, ...) {
+    va_list values;
+
+    fail(&app->e, code, where, "");
+    va_start(values, format);
+    vsnprintf(app->e.message, sizeof app->e.message, format, values);
+    va_end(values);
+    give_up(app);
+}
+
+/* n zeroed elements. */
+static void *room(App *app, size_t n, size_t size) {
+    void *p = pool_take(&app->pool, n, size);
+
+    if (p == NULL)
+        must(app, no_memory(&app->e, app->command->name, app->pool.refused));
+    return p;
+}
+
+#define ROOM(type, n) ((type *)room(app, n, sizeof(type)))
+
+/* A text that grows. */
+typedef struct Text {
+    char *bytes; /* terminated once something was added */
+    size_t length, room;
+} Text;
+
+static void add_values(App *app, Text *t, const char *format, va_list values) {
+    va_list again;
+
+    va_copy(again, values);
+    const size_t n = (size_t)vsnprintf(NULL, 0, format, again);
+    va_end(again);
+    if (t->length + n + 1 > t->room) {
+        char *larger = ROOM(char, t->room = 2 * (t->length + n + 1));
+        if (t->length > 0)
+            memcpy(larger, t->bytes, t->length);
+        pool_give(&app->pool, t->bytes);
+        t->bytes = larger;
+    }
+    vsnprintf(t->bytes + t->length, n + 1, format, values);
+    t->length += n;
+}
+
+static void add(App *app, Text *t, const char *format, ...) {
+    va_list values;
+
+    va_start(values, format);
+    add_values(app, t, format, values);
+    va_end(values);
+}
+
+/* Like sprintf, into memory of the call's. */
+static char *text_of(App *app, const char *format, ...) {
+    Text t = {0};
+    va_list values;
+
+    va_start(values, format);
+    add_values(app, &t, format, values);
+    va_end(values);
+    return t.bytes;
 }
 
 /* Whether file descriptor 1 or 2 is a terminal. */
@@ -7206,19 +7089,16 @@ static int is_terminal(int descriptor) {
 static Screen screen_of(const App *app) {
     const char *term = getenv("TERM"), *more = getenv("COLORTERM"), *no = getenv("NO_COLOR");
     const char *columns = getenv("COLUMNS");
-    const int terminal = is_terminal(1), always = app->color == 1;
+    const int always = app->color == 1;
     Screen screen = {0, 0};
 
-    if (!terminal && !always)
+    if (!is_terminal(1) && !always)
         return screen;
     screen.columns = columns != NULL ? atoi(columns) : 0;
 #if HAS_POSIX && defined(TIOCGWINSZ)
-    {
-        struct winsize size;
-
-        if (ioctl(1, TIOCGWINSZ, &size) == 0 && size.ws_col > 0)
-            screen.columns = size.ws_col;
-    }
+    struct winsize size;
+    if (ioctl(1, TIOCGWINSZ, &size) == 0 && size.ws_col > 0)
+        screen.columns = size.ws_col;
 #endif
     screen.columns = screen.columns < 1 || screen.columns > 10000 ? 80 : screen.columns;
     if (!always && (app->color == 2 || (no != NULL && *no != '\0')))
@@ -7232,28 +7112,7 @@ static Screen screen_of(const App *app) {
     return screen;
 }
 
-/* ---- 13.2 Options ---------------------------------------------------------------------------- */
-
-/* Groups of options: a command accepts whole groups. */
-enum {
-    ON_MODEL = 1,  /* loads a model */
-    ON_TEXT = 2,   /* reads texts */
-    ON_OUTPUT = 4, /* writes files */
-    ON_METRIC = 8, /* measures */
-    ON_SWEEP = 16, /* patches: direction, scale, examples, colours */
-    ON_PATCH = 32, /* from here on: of one command each */
-    ON_TOP = 64,
-    ON_CACHE = 128,
-    ON_INFO = 256,
-    ON_HEADS = 512,
-    ON_PATH = 1024,
-    ON_ABLATE = 2048,
-    ON_TRACE = 4096,
-    ON_SEED = 8192,
-    ON_SHOWN = 16384, /* shows tables in colours */
-    ON_EACH = 32768,  /* gives examples or their mean */
-    ON_ALL = 65536
-};
+/* ---- 13.2 Options --------------------------------------------------------------------------- */
 
 /* What follows an option, and how its field in App holds that. */
 typedef enum Kind {
@@ -7266,9 +7125,12 @@ typedef enum Kind {
     TAKES_WORD     /* one of `words`: its index, into an int */
 } Kind;
 
+/* A command has an option if they share a letter; "": every command. M loads a model, T reads texts,
+   O writes files, E measures, S patches, C shows colours, B has a value for each example, R is
+   random; the small letters are of one command each. */
 typedef struct Option {
     const char *name, *value;
-    unsigned group;
+    const char *groups;
     Kind kind;
     size_t field; /* where in App */
     int least, most;
@@ -7281,72 +7143,75 @@ static const char *const COLORS[] = {"auto", "always", "never", NULL};
 static const char *const SIDES[] = {"clean", "corrupted", NULL};
 static const char *const WAYS[] = {"zero", "mean", "resample", "noise", NULL}; /* as patch_by */
 
-#define FLAG(name, group, field, stores, help)                                                     \
-    {name, NULL, group, TAKES_NOTHING, offsetof(App, field), stores, 0, NULL, help}
-#define VALUE(name, value, group, kind, field, help)                                               \
-    {name, value, group, kind, offsetof(App, field), 0, 0, NULL, help}
-#define COUNT(name, value, group, field, least, most, help)                                        \
-    {name, value, group, TAKES_COUNT, offsetof(App, field), least, most, NULL, help}
-#define WORD(name, value, group, field, words, help)                                               \
-    {name, value, group, TAKES_WORD, offsetof(App, field), 0, 0, words, help}
+#define FLAG(name, groups, field, stores, help)                                                    \
+    {name, NULL, groups, TAKES_NOTHING, offsetof(App, field), stores, 0, NULL, help}
+#define VALUE(name, value, groups, kind, field, help)                                              \
+    {name, value, groups, kind, offsetof(App, field), 0, 0, NULL, help}
+#define COUNT(name, value, groups, field, least, most, help)                                       \
+    {name, value, groups, TAKES_COUNT, offsetof(App, field), least, most, NULL, help}
+#define WORD(name, value, groups, field, words, help)                                              \
+    {name, value, groups, TAKES_WORD, offsetof(App, field), 0, 0, words, help}
 
 /* In the order of the help. */
 static const Option OPTIONS[] = {
-    VALUE("--sweep", "NAME,...", ON_PATCH, TAKES_TEXT, sweeps, "what to patch, or `all`"),
-    VALUE("--names", "GLOB,...", ON_CACHE, TAKES_TEXT, names, "hook points; * matches dots too"),
-    VALUE("--text", "TEXT", ON_CACHE, TAKES_TEXT, text, "one prompt instead of a file"),
-    WORD("--run", "SIDE", ON_CACHE, side, SIDES, "clean (default) or corrupted prompts"),
-    VALUE("--answer", "TEXT", ON_TOP, TAKES_LIST, answers, "list this token too; repeatable"),
-    COUNT("-k", "N", ON_TOP, k, 0, INT_MAX, "how many tokens (default 10)"),
-    FLAG("--verify", ON_INFO, verify, 1, "check every checksum in the file"),
-    VALUE("--heads", "L.H,...", ON_HEADS, TAKES_TEXT, heads, "heads as 9.6,10.0, or `all`"),
-    VALUE("--to", "L.H.q,...", ON_PATH, TAKES_TEXT, to, "receivers' q, k or v; default: final"),
-    FLAG("--freeze-mlps", ON_PATH, freeze_mlps, 1, "the direct edge only"),
-    VALUE("--site", "SWEEP", ON_ABLATE, TAKES_TEXT, site, "what to ablate, cell by cell"),
-    WORD("--by", "WAY", ON_ABLATE, by, WAYS, "zero (default), mean, resample or noise"),
-    VALUE("--groups", "COLUMN", ON_ABLATE, TAKES_TEXT, groups, "mean within rows of one value"),
-    FLAG("--keep", ON_ABLATE, keep, 1, "ablate every head but --heads"),
-    VALUE("--kind", "KIND,...", ON_TRACE, TAKES_TEXT, kind, "resid, mlp, attn (default: all)"),
-    COUNT("--window", "N", ON_TRACE, window, 1, 10000, "layers restored at once (default 10)"),
-    COUNT("--samples", "N", ON_TRACE, samples, 1, 10000, "corrupted runs (default 10)"),
-    FLAG("--severed", ON_TRACE, severed, 1, "hold mlp or attn at their corrupted values"),
-    FLAG("--bos", ON_TRACE, bos, 1, "<|endoftext|> in front of prompts"),
-    VALUE("--noise", "X", ON_TRACE | ON_ABLATE, TAKES_NUMBER, noise,
-          "in standard deviations (trace 3, ablate 1)"),
-    COUNT("--seed", "N", ON_SEED, seed, 0, INT_MAX, "of what is random (default 1)"),
-    WORD("--metric", "NAME", ON_METRIC, metric, METRICS,
+    VALUE("--sweep", "NAME,...", "p", TAKES_TEXT, sweeps, "what to patch, or `all`"),
+    VALUE("--names", "GLOB,...", "c", TAKES_TEXT, names, "hook points; * matches dots too"),
+    VALUE("--text", "TEXT", "c", TAKES_TEXT, text, "one prompt instead of a file"),
+    WORD("--run", "SIDE", "c", side, SIDES, "clean (default) or corrupted prompts"),
+    VALUE("--answer", "TEXT", "t", TAKES_LIST, answers, "list this token too; repeatable"),
+    COUNT("-k", "N", "t", k, 0, INT_MAX, "how many tokens (default 10)"),
+    FLAG("--verify", "i", verify, 1, "check every checksum in the file"),
+    VALUE("--heads", "L.H,...", "h", TAKES_TEXT, heads, "heads as 9.6,10.0, or `all`"),
+    VALUE("--to", "L.H.q,...", "x", TAKES_TEXT, to, "receivers' q, k or v; default: final"),
+    FLAG("--freeze-mlps", "x", freeze_mlps, 1, "the direct edge only"),
+    VALUE("--site", "SWEEP", "a", TAKES_TEXT, site, "what to ablate, cell by cell"),
+    WORD("--by", "WAY", "a", by, WAYS, "zero (default), mean, resample or noise"),
+    VALUE("--groups", "COLUMN", "a", TAKES_TEXT, groups, "mean within rows of one value"),
+    VALUE("--positions", "COL,...", "a", TAKES_TEXT, positions,
+          "where: columns with positions from 0, or `end`"),
+    FLAG("--keep", "a", keep, 1, "ablate every head but --heads"),
+    VALUE("--kind", "KIND,...", "r", TAKES_TEXT, kind, "resid, mlp, attn (default: all)"),
+    COUNT("--window", "N", "r", window, 1, 10000, "layers restored at once (default 10)"),
+    COUNT("--samples", "N", "r", samples, 1, 10000, "corrupted runs (default 10)"),
+    FLAG("--severed", "r", severed, 1, "hold mlp or attn at their corrupted values"),
+    FLAG("--bos", "r", bos, 1, "<|endoftext|> in front of prompts"),
+    VALUE("--noise", "X", "ra", TAKES_NUMBER, noise, "in standard deviations (trace 3, ablate 1)"),
+    COUNT("--seed", "N", "R", seed, 0, INT_MAX, "of what is random (default 1)"),
+    WORD("--metric", "NAME", "E", metric, METRICS,
          "logit_diff (default), logit, prob, logprob, kl or rank"),
-    FLAG("--noising", ON_SWEEP, noising, 1, "corrupted activations into the clean run"),
-    FLAG("--normalize", ON_SWEEP | ON_ABLATE, normalize, 1,
-         "0 is the unpatched run, 1 (noising -1) the other"),
-    FLAG("--per-prompt", ON_EACH, per_prompt, 1, "every example instead of the mean"),
-    FLAG("--brute", ON_PATCH, brute, 1, "a full pass a cell: the same bits, slowly"),
-    VALUE("--shard", "I/N", ON_PATCH, TAKES_TEXT, shard,
-          "only part I of N, into FILE.part; see merge"),
-    FLAG("--stats", ON_PATCH, stats, 1, "what it cost, on stderr and in .json"),
-    WORD("--color", "WHEN", ON_SHOWN, color, COLORS, "auto (default), always or never"),
-    VALUE("--range", "X", ON_SHOWN, TAKES_NUMBER, range,
+    FLAG("--noising", "S", noising, 1, "corrupted activations into the clean run"),
+    FLAG("--normalize", "Sa", normalize, 1, "0 is the unpatched run, 1 (noising -1) the other"),
+    FLAG("--per-prompt", "B", per_prompt, 1, "every example instead of the mean"),
+    FLAG("--brute", "p", brute, 1, "a full pass a cell: the same bits, slowly"),
+    VALUE("--shard", "I/N", "p", TAKES_TEXT, shard, "only part I of N, into FILE.part; see merge"),
+    FLAG("--stats", "p", stats, 1, "what it cost, on stderr and in .json"),
+    WORD("--color", "WHEN", "C", color, COLORS, "auto (default), always or never"),
+    VALUE("--range", "X", "C", TAKES_NUMBER, range,
           "where colours end (default: at the largest value)"),
-    VALUE("-o", "FILE", ON_OUTPUT, TAKES_LIST, outputs, "write a file, see above"),
-    FLAG("--no-bos", ON_TEXT, no_bos, 1, "no <|endoftext|> in front of texts"),
-    VALUE("-m", "MODEL", ON_MODEL, TAKES_TEXT, model_path,
+    VALUE("-o", "FILE", "O", TAKES_LIST, outputs, "write a file, see above"),
+    FLAG("--no-bos", "T", no_bos, 1, "no <|endoftext|> in front of texts"),
+    VALUE("-m", "MODEL", "M", TAKES_TEXT, model_path,
           "default: $ACTPATCH_MODEL, else the bundled model"),
-    COUNT("--threads", "N", ON_MODEL, load.threads, 1, 4096, "default: one a core"),
-    VALUE("--max-memory", "BYTES", ON_MODEL, TAKES_BYTES, load.max_memory,
+    COUNT("--threads", "N", "M", load.threads, 1, 4096, "default: one a core"),
+    VALUE("--max-memory", "BYTES", "M", TAKES_BYTES, load.max_memory,
           "a bound, as 500000000, 64M or 2G (of 1024s)"),
-    FLAG("--plain", ON_MODEL, load.plain, 1, "the scalar reference kernels"),
-    FLAG("--no-processing", ON_MODEL, no_processing, 1, "none of these four:"),
-    FLAG("--no-fold-ln", ON_MODEL, load.fold_ln, 0, ""),
-    FLAG("--no-center-writing-weights", ON_MODEL, load.center_writing_weights, 0, ""),
-    FLAG("--no-center-unembed", ON_MODEL, load.center_unembed, 0, ""),
-    FLAG("--no-fold-value-biases", ON_MODEL, load.fold_value_biases, 0, ""),
-    FLAG("--refactor-factored-attn-matrices", ON_MODEL, load.refactor_factored_attn_matrices, 1,
+    FLAG("--plain", "M", load.plain, 1, "the scalar reference kernels"),
+    FLAG("--no-processing", "M", no_processing, 1, "none of these four:"),
+    FLAG("--no-fold-ln", "M", load.fold_ln, 0, ""),
+    FLAG("--no-center-writing-weights", "M", load.center_writing_weights, 0, ""),
+    FLAG("--no-center-unembed", "M", load.center_unembed, 0, ""),
+    FLAG("--no-fold-value-biases", "M", load.fold_value_biases, 0, ""),
+    FLAG("--refactor-factored-attn-matrices", "M", load.refactor_factored_attn_matrices, 1,
          "off by default"),
-    FLAG("-h", ON_ALL, help, 1, "this help"),
-    FLAG("--help", ON_ALL, help, 1, "this help"),
+    FLAG("-h", "", help, 1, "this help"),
+    FLAG("--help", "", help, 1, "this help"),
 };
 
 #define N_OPTIONS (sizeof OPTIONS / sizeof *OPTIONS)
+
+static int accepts(const Command *c, const Option *o) {
+    return strpbrk(c->accepts, o->groups) != NULL;
+}
 
 /* A number without sign at the start of text[0..n); returns the bytes it takes, 0: there is none or
    it is too large. */
@@ -7365,19 +7230,31 @@ static int parse_size(const char *text, int with_unit, size_t *out) {
     static const char units[] = "KMG";
     const char *end = text + parse_digits(text, strlen(text), out);
     const char *unit = with_unit && end > text && *end != '\0' ? strchr(units, *end) : NULL;
-    const char *u;
 
-    for (u = units; unit != NULL && u <= unit; u++)
+    for (const char *u = units; unit != NULL && u <= unit; u++)
         if (!size_times(*out, 1024, out))
             return 0;
     return end > text && end[unit != NULL] == '\0';
 }
 
-static patch_status set_option(App *app, const Option *o, const char *value, patch_error *e) {
+/* Words parted by commas: the next into word[0..n), 0 behind the last. */
+static int next_word(const char **list, const char **word, size_t *n) {
+    if (*list == NULL)
+        return 0;
+    *word = *list;
+    *n = strcspn(*list, ",");
+    *list = (*list)[*n] == ',' ? *list + *n + 1 : NULL;
+    return 1;
+}
+
+static int is_word(const char *known, const char *word, size_t n) {
+    return strlen(known) == n && memcmp(known, word, n) == 0;
+}
+
+static void set_option(App *app, const Option *o, const char *value) {
     void *field = (char *)app + o->field;
     List *list = field;
     size_t n = 0;
-    double number;
     char *end;
 
     switch (o->kind) {
@@ -7392,127 +7269,93 @@ static patch_status set_option(App *app, const Option *o, const char *value, pat
         break;
     case TAKES_COUNT:
         if (!parse_size(value, 0, &n) || n < (size_t)o->least || n > (size_t)o->most)
-            return fail(e, PATCH_E_USAGE, o->name, "%.60s is no number of %d..%d; give one", value,
-                        o->least, o->most);
+            stop(app, PATCH_E_USAGE, o->name, "%.60s is no number of %d..%d; give one", value,
+                 o->least, o->most);
         *(int *)field = (int)n;
         break;
     case TAKES_BYTES:
         if (!parse_size(value, 1, field) || *(size_t *)field == 0)
-            return fail(e, PATCH_E_USAGE, o->name, "%.60s is no number of bytes; give one, as 64M",
-                        value);
+            stop(app, PATCH_E_USAGE, o->name, "%.60s is no number of bytes; give one, as 64M", value);
         break;
     case TAKES_NUMBER:
-        number = *(double *)field = strtod(value, &end);
-        if (*value == '\0' || *end != '\0' || !(number > 0) || !isfinite(number))
-            return fail(e, PATCH_E_USAGE, o->name, "%.60s is no number above 0; give one", value);
+        *(double *)field = strtod(value, &end);
+        if (*value == '\0' || *end != '\0' || !(*(double *)field > 0) || !isfinite(*(double *)field))
+            stop(app, PATCH_E_USAGE, o->name, "%.60s is no number above 0; give one", value);
         break;
     case TAKES_WORD:
         while (o->words[n] != NULL && strcmp(o->words[n], value) != 0)
             n++;
         if (o->words[n] == NULL)
-            return fail(e, PATCH_E_USAGE, o->name, "unknown word %.60s; choose %s", value, o->help);
+            stop(app, PATCH_E_USAGE, o->name, "unknown word %.60s; choose %s", value, o->help);
         *(int *)field = (int)n;
         break;
     }
-    return PATCH_OK;
 }
 
 /* The option of that name, `length` bytes of it; NULL: unknown. */
 static const Option *find_option(const char *name, size_t length) {
-    size_t i;
-
-    for (i = 0; i < N_OPTIONS; i++)
-        if (strlen(OPTIONS[i].name) == length && memcmp(OPTIONS[i].name, name, length) == 0)
+    for (size_t i = 0; i < N_OPTIONS; i++)
+        if (is_word(OPTIONS[i].name, name, length))
             return &OPTIONS[i];
     return NULL;
 }
 
 /* The option at argv[*i]; its value follows = or is the next argument, whatever that looks like. */
-static patch_status parse_option(App *app, char **argv, int *i, patch_error *e) {
+static void parse_option(App *app, char **argv, int *i) {
     const char *word = argv[*i], *command = app->command->name;
     const char *equals = strncmp(word, "--", 2) == 0 ? strchr(word, '=') : NULL;
     const Option *o = find_option(word, equals ? (size_t)(equals - word) : strlen(word));
 
-    if (o == NULL || !(o->group & (app->command->accepts | ON_ALL)))
-        return fail(e, PATCH_E_USAGE, command, "%s option %.60s; see actpatch %s -h",
-                    o ? "this command has no" : "unknown", word, command);
+    if (o == NULL || (*o->groups != '\0' && !accepts(app->command, o)))
+        stop(app, PATCH_E_USAGE, command, "%s option %.60s; see actpatch %s -h",
+             o ? "this command has no" : "unknown", word, command);
     if (o->kind == TAKES_NOTHING && equals != NULL)
-        return fail(e, PATCH_E_USAGE, o->name, "it has no value; leave out %.60s", equals);
-    if (o->kind == TAKES_NOTHING || equals != NULL)
-        return set_option(app, o, equals ? equals + 1 : NULL, e);
-    if (argv[++*i] == NULL)
-        return fail(e, PATCH_E_USAGE, o->name, "its value is missing; give %s", o->value);
-    return set_option(app, o, argv[*i], e);
-}
-
-/* Sweeps parted by commas; `all` is every one but that whose size is quadratic in the prompt. */
-static patch_status choose_sweeps(App *app, patch_error *e) {
-    const char *list = app->sweeps, *known;
-    size_t length, i, k, all, found;
-
-    for (; list != NULL; list = list[length] == ',' ? list + length + 1 : NULL) {
-        length = strcspn(list, ",");
-        all = length == 3 && memcmp(list, "all", 3) == 0;
-        for (i = found = 0; (known = patch_sweep_name(i)) != NULL; i++) {
-            if (all ? strcmp(known, "attn_head_pattern_dest_src_pos") == 0
-                    : strlen(known) != length || memcmp(known, list, length) != 0)
-                continue;
-            for (k = 0; k < app->n_sweeps && app->sweep[k] != known; k++)
-                ;
-            if (k == app->n_sweeps && k < MAX_SWEEPS) /* named twice, made once */
-                app->sweep[app->n_sweeps++] = known;
-            found = 1;
-        }
-        if (!found)
-            return fail(e, PATCH_E_USAGE, "--sweep", "unknown sweep %.*s; see actpatch patch -h",
-                        length < 60 ? (int)length : 60, list);
-    }
-    return PATCH_OK;
+        stop(app, PATCH_E_USAGE, o->name, "it has no value; leave out %.60s", equals);
+    if (o->kind != TAKES_NOTHING && equals == NULL && argv[++*i] == NULL)
+        stop(app, PATCH_E_USAGE, o->name, "its value is missing; give %s", o->value);
+    set_option(app, o, equals != NULL ? equals + 1 : argv[*i]);
 }
 
 /* What the arguments must be together. */
-static patch_status check_usage(App *app, patch_error *e) {
+static void check_usage(App *app) {
     const Command *c = app->command;
     const Option *o = c->needs != NULL ? find_option(c->needs, strlen(c->needs)) : NULL;
-    size_t i;
 
     if (app->operands.n < c->least)
-        return fail(e, PATCH_E_USAGE, c->name, "%s is missing; see actpatch %s -h", c->operands,
-                    c->name);
+        stop(app, PATCH_E_USAGE, c->name, "%s is missing; see actpatch %s -h", c->operands, c->name);
     if (app->operands.n > c->most)
-        return fail(e, PATCH_E_USAGE, c->name, "%.60s is a word too many; put a text in quotes",
-                    app->operands.items[c->most]);
+        stop(app, PATCH_E_USAGE, c->name, "%.60s is a word too many; put a text in quotes",
+             app->operands.items[c->most]);
     if (o != NULL && *(const char *const *)(const void *)((const char *)app + o->field) == NULL)
-        return fail(e, PATCH_E_USAGE, c->name, "%s is missing; give %s", o->name, o->value);
+        stop(app, PATCH_E_USAGE, c->name, "%s is missing; give %s", o->name, o->value);
     if (c->one_file && app->outputs.n != 1)
-        return fail(e, PATCH_E_USAGE, c->name, "it makes one file; give one -o FILE");
-    for (i = 0; i < app->outputs.n; i++) {
+        stop(app, PATCH_E_USAGE, c->name, "it makes one file; give one -o FILE");
+    for (size_t i = 0; i < app->outputs.n; i++) {
         const char *path = app->outputs.items[i];
-
         if (c->formats ? format_of(path, c->formats) == NULL : strcmp(path, "-") == 0)
-            return fail(e, PATCH_E_USAGE, path, "unknown file ending; see actpatch %s -h", c->name);
+            stop(app, PATCH_E_USAGE, path, "unknown file ending; see actpatch %s -h", c->name);
     }
-    return choose_sweeps(app, e);
 }
 
-static patch_status parse_arguments(App *app, int argc, char **argv, patch_error *e) {
-    int i, only_operands = 0;
+static void parse_arguments(App *app, int argc, char **argv) {
+    int only_operands = 0;
 
-    KEEP(app->operands.items, (size_t)argc);
-    KEEP(app->outputs.items, (size_t)argc);
-    KEEP(app->answers.items, (size_t)argc);
-    for (i = 2; i < argc; i++) {
+    app->operands.items = ROOM(const char *, (size_t)argc);
+    app->outputs.items = ROOM(const char *, (size_t)argc);
+    app->answers.items = ROOM(const char *, (size_t)argc);
+    for (int i = 2; i < argc; i++) {
         if (only_operands || argv[i][0] != '-' || argv[i][1] == '\0')
             app->operands.items[app->operands.n++] = argv[i];
         else if (strcmp(argv[i], "--") == 0)
             only_operands = 1;
         else
-            TRY(parse_option(app, argv, &i, e));
+            parse_option(app, argv, &i);
     }
-    return app->help ? PATCH_OK : check_usage(app, e);
+    if (!app->help)
+        check_usage(app);
 }
 
-/* ---- 13.3 Prompts -------------------------------------------------------------------------------
+/* ---- 13.3 Prompts ---------------------------------------------------------------------------
    A TSV file: UTF-8, LF or CRLF, a BOM skipped, empty lines ignored, fields verbatim. The first
    line names the columns. Places are told by line, as an editor counts. */
 
@@ -7536,103 +7379,103 @@ static const char *tsv_place(const Tsv *t, size_t row, char place[PLACE_ROOM]) {
     return place;
 }
 
-/* All of a file ("-": standard input), up to a gigabyte: a bound for what never ends. */
-static patch_status read_file(App *app, const char *path, const char **text, size_t *n,
-                              patch_error *e) {
-    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
-    size_t room = 1 << 15, got = 1;
-    char *bytes = NULL, *larger;
-    patch_status status = PATCH_OK;
+/* A field of an example; rows count from 0. */
+static const Field *tsv_field(const Tsv *t, size_t row, int column) {
+    return &t->fields[(row + 1) * t->n_columns + (size_t)column];
+}
 
-    if (f == NULL)
-        return fail(e, PATCH_E_IO, path, "%s; give the path of a file", strerror(errno));
-    for (*n = 0; got > 0 && status == PATCH_OK; *n += got) {
-        if (bytes == NULL || *n == room) {
-            larger = (room *= 2) <= (size_t)1 << 30 ? pool_take(&app->pool, room, 1) : NULL;
-            if (larger != NULL && bytes != NULL)
-                memcpy(larger, bytes, *n);
-            pool_give(&app->pool, bytes);
-            if ((bytes = larger) == NULL)
-                status = no_memory(e, path, room);
-        }
-        got = bytes != NULL ? fread(bytes + *n, 1, room - *n, f) : 0;
+/* All of a file ("-": standard input), a zero behind it, up to a gigabyte: a bound for what never
+   ends. */
+static char *read_file(App *app, const char *path, size_t *n) {
+    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    size_t size = 1 << 16, got;
+    char *bytes = f != NULL ? ROOM(char, size) : NULL;
+
+    for (*n = 0; f != NULL && (got = fread(bytes + *n, 1, size - 1 - *n, f)) > 0;) {
+        *n += got;
+        if (*n < size - 1)
+            continue;
+        if (size >= (size_t)1 << 30)
+            must(app, no_memory(&app->e, path, 2 * size));
+        char *larger = ROOM(char, size *= 2);
+        memcpy(larger, bytes, *n);
+        pool_give(&app->pool, bytes);
+        bytes = larger;
     }
-    if (status == PATCH_OK && ferror(f))
-        status = fail(e, PATCH_E_IO, path, "%s; give the path of a file", strerror(errno));
+    if (f == NULL || ferror(f))
+        stop(app, PATCH_E_IO, path, "%s; give the path of a file", strerror(errno));
     if (f != stdin)
         fclose(f);
-    *text = bytes;
-    return status;
+    return bytes;
 }
 
-/* Cut n bytes at tabs; returns how many fields that makes. */
-static size_t tsv_cut(const char *text, size_t n, Field *fields) {
-    size_t i, count = 0, start = 0;
-
-    for (i = 0; i <= n; i++)
-        if (i == n || text[i] == '\t') {
-            fields[count].text = text + start;
-            fields[count++].length = i - start;
-            start = i + 1;
-        }
-    return count;
-}
-
-static patch_status tsv_read(App *app, Tsv *t, const char *path, patch_error *e) {
-    size_t n = 0, at, end, length, line = 0, lines = 1, cuts = 1, count, row = 0;
-    const char *text = NULL, *newline;
+static Tsv tsv_read(App *app, const char *path) {
+    Tsv t = {strcmp(path, "-") == 0 ? "standard input" : path, 0, 0, NULL, NULL};
+    size_t n, lines = 1, cuts = 1, row = 0, line = 0, end;
+    const char *text = read_file(app, path, &n);
     char place[PLACE_ROOM];
 
-    t->path = strcmp(path, "-") == 0 ? "standard input" : path;
-    TRY(read_file(app, path, &text, &n, e));
-    for (at = 0; at < n; at++) {
+    for (size_t at = 0; at < n; at++) {
         lines += text[at] == '\n';
         cuts += text[at] == '\n' || text[at] == '\t';
     }
-    KEEP(t->fields, cuts);
-    KEEP(t->lines, lines);
-    cuts = 0;
-    for (at = n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0; at < n; at = end + 1) {
-        newline = memchr(text + at, '\n', n - at);
+    Field *field = t.fields = ROOM(Field, cuts);
+    t.lines = ROOM(size_t, lines);
+    for (size_t at = n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0; at < n; at = end + 1) {
+        const char *newline = memchr(text + at, '\n', n - at);
         end = newline != NULL ? (size_t)(newline - text) : n;
-        length = end - at - (end > at && text[end - 1] == '\r');
+        const size_t last = end - (end > at && text[end - 1] == '\r');
+        size_t count = 0;
+
         line++;
-        if (length == 0)
+        for (size_t i = at, start = at; at < last && i <= last; i++)
+            if (i == last || text[i] == '\t') {
+                field->text = text + start;
+                field++->length = i - start;
+                start = i + 1;
+                count++;
+            }
+        if (count == 0)
             continue;
-        count = tsv_cut(text + at, length, t->fields + cuts);
-        t->lines[row] = line;
-        t->n_columns = row == 0 ? count : t->n_columns;
-        if (count != t->n_columns)
-            return fail(e, PATCH_E_INPUT, tsv_place(t, row, place),
-                        "%lu fields where the first line names %lu columns; part fields by one tab",
-                        (unsigned long)count, (unsigned long)t->n_columns);
-        cuts += count;
+        t.lines[row] = line;
+        t.n_columns = row == 0 ? count : t.n_columns;
+        if (count != t.n_columns)
+            stop(app, PATCH_E_INPUT, tsv_place(&t, row, place),
+                 "%lu fields where the first line names %lu columns; part fields by one tab",
+                 (unsigned long)count, (unsigned long)t.n_columns);
         row++;
     }
     if (row < 2)
-        return fail(e, PATCH_E_INPUT, t->path, "no examples; name columns in the first line, "
-                    "parted by tabs, and give an example in each further line");
-    t->n_rows = row - 1;
-    return PATCH_OK;
+        stop(app, PATCH_E_INPUT, t.path, "no examples; name columns in the first line, parted by "
+             "tabs, and give an example in each further line");
+    t.n_rows = row - 1;
+    return t;
 }
 
-/* The column of that name, -1 where there is none; two of one name are an error. */
-static patch_status tsv_column(const Tsv *t, const char *name, int *column, patch_error *e) {
+/* The column of that name[0..n), -1 where there is none; two of one name are an error. */
+static int tsv_column(App *app, const Tsv *t, const char *name, size_t n) {
     char place[PLACE_ROOM];
-    size_t i;
+    int column = -1;
 
-    *column = -1;
-    for (i = 0; i < t->n_columns; i++) {
-        const Field *field = &t->fields[i];
-
-        if (field->length != strlen(name) || memcmp(field->text, name, field->length) != 0)
+    for (size_t i = 0; i < t->n_columns; i++) {
+        if (t->fields[i].length != n || memcmp(t->fields[i].text, name, n) != 0)
             continue;
-        if (*column >= 0)
-            return fail(e, PATCH_E_INPUT, tsv_place(t, 0, place), "two columns %s; leave one out",
-                        name);
-        *column = (int)i;
+        if (column >= 0)
+            stop(app, PATCH_E_INPUT, tsv_place(t, 0, place), "two columns %.*s; leave one out",
+                 (int)n, name);
+        column = (int)i;
     }
-    return PATCH_OK;
+    return column;
+}
+
+/* The same of an option's value: it must be there. */
+static int named_column(App *app, const Tsv *t, const char *option, const char *name, size_t n) {
+    const int column = tsv_column(app, t, name, n);
+
+    if (column < 0)
+        stop(app, PATCH_E_INPUT, option, "no column %.*s; name one of the file's",
+             n < 60 ? (int)n : 60, name);
+    return column;
 }
 
 /* What an example is made of: each role has a column of text or one of ids. */
@@ -7645,7 +7488,7 @@ static const char *const ROLES[N_ROLES][2] = {{"clean", "clean_ids"},
 
 typedef struct Prompts {
     Tsv tsv;
-    size_t n;
+    size_t n, n_tokens;      /* examples; tokens of the first */
     int column[N_ROLES];     /* -1: not there, or not asked for */
     int has_ids[N_ROLES];    /* the column holds ids */
     patch_example *examples; /* [n] */
@@ -7657,228 +7500,204 @@ static const int *prompt_ids(const Prompts *p, size_t row, int side) {
     return side == CLEAN ? p->examples[row].clean : p->examples[row].corrupted;
 }
 
-/* Ids of a text. Tokenising twice costs less than room for an id a byte would. */
-static patch_status encode(App *app, const char *text, size_t n, int bos, const int **ids,
-                           size_t *n_ids, patch_error *e) {
-    patch_status status = patch_encode(app->model, text, n, bos, NULL, 0, n_ids, e);
-    int *made;
+/* Ids of a text. Tokenizing twice costs less than room for an id a byte would. */
+static int *encode(App *app, const char *text, size_t n, int bos, size_t *n_ids) {
+    patch_status s = patch_encode(app->model, text, n, bos, NULL, 0, n_ids, &app->e);
 
-    if (status != PATCH_OK && status != PATCH_E_SIZE)
-        return status;
-    KEEP(made, *n_ids);
-    *ids = made;
-    return patch_encode(app->model, text, n, bos, made, *n_ids, n_ids, e);
+    if (s != PATCH_E_SIZE)
+        must(app, s);
+    int *ids = ROOM(int, *n_ids);
+    must(app, patch_encode(app->model, text, n, bos, ids, *n_ids, n_ids, &app->e));
+    return ids;
 }
 
 /* Ids written as numbers, parted by spaces. */
-static patch_status read_ids(App *app, const Field *field, const char *place, const int **ids,
-                             size_t *n_ids, patch_error *e) {
+static int *read_ids(App *app, const Field *field, const char *name, const char *place, size_t *n) {
     const char *text = field->text;
-    size_t i, used, number;
-    int *made;
+    int *ids = ROOM(int, field->length / 2 + 1);
+    size_t used, number;
 
-    KEEP(made, field->length / 2 + 1);
-    *n_ids = 0;
-    for (i = 0; i < field->length; i += used) {
+    *n = 0;
+    for (size_t i = 0; i < field->length; i += used) {
         used = parse_digits(text + i, field->length - i, &number);
         if (used > 0 && number <= INT_MAX && (i == 0 || text[i - 1] == ' '))
-            made[(*n_ids)++] = (int)number;
+            ids[(*n)++] = (int)number;
         else if (used == 0 && text[i] == ' ')
             used = 1;
         else
-            return fail(e, PATCH_E_INPUT, place, "%.*s is no id; write numbers parted by spaces",
-                        (int)(field->length - i < 20 ? field->length - i : 20), text + i);
+            stop(app, PATCH_E_INPUT, place, "%s: %.*s is no id; write numbers parted by spaces",
+                 name, (int)(field->length - i < 20 ? field->length - i : 20), text + i);
     }
-    *ids = made;
-    return PATCH_OK;
+    return ids;
 }
 
-#define TOKEN_ROOM 48
-
 /* A token for a message: |text|, escaped and cut; its number where there is no text. */
-static const char *token_shown(const App *app, int id, char shown[TOKEN_ROOM]) {
-    size_t n = 0, i = 0, used = 1;
+static const char *token_shown(App *app, int id) {
+    size_t n = 0;
     const char *text = patch_token(app->model, id, &n);
+    char shown[48], *end = shown;
 
-    snprintf(shown, TOKEN_ROOM, text != NULL ? "|" : "id %d", id);
-    while (text != NULL && i < n && used + ESCAPE_ROOM + 1 < TOKEN_ROOM) {
-        i += escape_next(text + i, n - i, shown + used);
-        used += strlen(shown + used);
-    }
-    if (text != NULL)
-        snprintf(shown + used, TOKEN_ROOM - used, "|");
-    return shown;
+    if (text == NULL)
+        return text_of(app, "id %d", id);
+    for (size_t i = 0; i < n && end + ESCAPE_ROOM < shown + sizeof shown; end += strlen(end))
+        i += escape_next(text + i, n - i, end);
+    *end = '\0';
+    return text_of(app, "|%s|", shown);
 }
 
 /* A prompt: some tokens, all of this model, no more than it takes. An answer: one token. */
-static patch_status check_ids(const App *app, const int *ids, size_t n, int is_answer,
-                              const char *name, const char *place, patch_error *e) {
+static void check_ids(App *app, const int *ids, size_t n, int is_answer, const char *name,
+                      const char *place) {
     const patch_dims *d = patch_model_dims(app->model);
-    char first[TOKEN_ROOM], second[TOKEN_ROOM];
-    size_t i;
 
     if (n == 0)
-        return fail(e, PATCH_E_INPUT, place, "%s is empty; give some text", name);
-    for (i = 0; i < n; i++)
+        stop(app, PATCH_E_INPUT, place, "%s is empty; give some text", name);
+    for (size_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= d->d_vocab)
-            return fail(e, PATCH_E_INPUT, place, "%s: the model has no id %d; give 0..%d", name,
-                        ids[i], d->d_vocab - 1);
+            stop(app, PATCH_E_INPUT, place, "%s: the model has no id %d; give 0..%d", name, ids[i],
+                 d->d_vocab - 1);
     if (is_answer && n > 1)
-        return fail(e, PATCH_E_INPUT, place,
-                    "%s is %lu tokens (%s%s%s) and must be one; choose a word of one token, with "
-                    "its leading space", name, (unsigned long)n, token_shown(app, ids[0], first),
-                    token_shown(app, ids[1], second), n > 2 ? "..." : "");
+        stop(app, PATCH_E_INPUT, place,
+             "%s is %lu tokens (%s%s%s) and must be one; choose a word of one token, with its "
+             "leading space", name, (unsigned long)n, token_shown(app, ids[0]),
+             token_shown(app, ids[1]), n > 2 ? "..." : "");
     if (n > (size_t)d->n_ctx)
-        return fail(e, PATCH_E_INPUT, place, "%s has %lu tokens, the model takes %d; shorten it",
-                    name, (unsigned long)n, d->n_ctx);
-    return PATCH_OK;
+        stop(app, PATCH_E_INPUT, place, "%s has %lu tokens, the model takes %d; shorten it", name,
+             (unsigned long)n, d->n_ctx);
+}
+
+static void warn(const char *where, const char *format, const char *name) {
+    patch_error w;
+
+    fail(&w, PATCH_OK, where, format, name);
+    print_message("warning: ", &w);
 }
 
 /* Two things that are seldom meant, each told once a file: "shops,  John" has a token more than
    "shops, John" (GPT-2's 220), and "Mary" is another token than " Mary". The field is not empty. */
 static void warn_spaces(Prompts *p, int role, const Field *field, const char *place) {
-    int *warned = role >= ANSWER ? &p->warned_answer : &p->warned_space;
-    patch_error w;
-    size_t i;
+    int *warned = role >= ANSWER ? &p->warned_answer : &p->warned_space, found = 0;
 
-    for (i = 1; i < field->length && memcmp(field->text + i - 1, "  ", 2) != 0; i++)
-        ;
-    if (*warned || (role >= ANSWER ? field->text[0] == ' ' : i >= field->length))
+    for (size_t i = 1; role < ANSWER && i < field->length; i++)
+        found |= memcmp(field->text + i - 1, "  ", 2) == 0;
+    if (*warned || !(role >= ANSWER ? field->text[0] != ' ' : found))
         return;
-    fail(&w, PATCH_OK, place, role >= ANSWER
+    *warned = 1;
+    warn(place, role >= ANSWER
              ? "%s has no leading space; write it as it follows the prompt"
              : "%s has a double space, which is a token more; take it out unless it is meant",
          ROLES[role][0]);
-    print_message("warning: ", &w);
-    *warned = 1;
 }
 
 /* Prompts that meet have one length: where two differ, say where they part. */
-static patch_status check_lengths(const App *app, const char *place, const char *name, const int *a,
-                                  size_t n_a, const char *other, const int *b, size_t n_b,
-                                  patch_error *e) {
-    char shown_a[TOKEN_ROOM], shown_b[TOKEN_ROOM];
+static void check_lengths(App *app, const char *place, const char *name, const int *a, size_t n_a,
+                          const char *other, const int *b, size_t n_b) {
     size_t i = 0;
 
     if (n_a == n_b)
-        return PATCH_OK;
+        return;
     while (i < n_a && i < n_b && a[i] == b[i])
         i++;
-    return fail(e, PATCH_E_INPUT, place,
-                "%s has %lu tokens where %s has %lu, and the first that differs is number %lu, %s "
-                "where that has %s; give all prompts the same length",
-                name, (unsigned long)n_a, other, (unsigned long)n_b, (unsigned long)i,
-                i < n_a ? token_shown(app, a[i], shown_a) : "none",
-                i < n_b ? token_shown(app, b[i], shown_b) : "none");
+    stop(app, PATCH_E_INPUT, place,
+         "%s has %lu tokens where %s has %lu, and the first that differs is number %lu, %s where "
+         "that has %s; give all prompts the same length",
+         name, (unsigned long)n_a, other, (unsigned long)n_b, (unsigned long)i,
+         i < n_a ? token_shown(app, a[i]) : "none", i < n_b ? token_shown(app, b[i]) : "none");
 }
 
 /* One role of one example. */
-static patch_status prompts_role(App *app, Prompts *p, size_t row, int role, patch_error *e) {
-    const Field *field = &p->tsv.fields[(row + 1) * p->tsv.n_columns + (size_t)p->column[role]];
+static void prompts_role(App *app, Prompts *p, size_t row, int role, const char *place) {
+    const Field *field = tsv_field(&p->tsv, row, p->column[role]);
     const char *name = ROLES[role][p->has_ids[role]];
+    const int bos = role < ANSWER && !app->no_bos;
     patch_example *x = &p->examples[row];
-    char place[PLACE_ROOM];
-    const int *ids = NULL;
     size_t n = 0;
+    const int *ids = p->has_ids[role] ? read_ids(app, field, name, place, &n)
+                                      : encode(app, field->text, field->length, bos, &n);
 
-    tsv_place(&p->tsv, row + 1, place);
-    if (p->has_ids[role])
-        TRY(read_ids(app, field, place, &ids, &n, e));
-    else
-        TRY(encode(app, field->text, field->length, role < ANSWER && !app->no_bos, &ids, &n, e));
-    TRY(check_ids(app, ids, n, role >= ANSWER, name, place, e));
+    check_ids(app, ids, n, role >= ANSWER, name, place);
     if (!p->has_ids[role])
         warn_spaces(p, role, field, place);
     if (role >= ANSWER) {
         *(role == ANSWER ? &x->answer : &x->wrong) = ids[0];
-        return PATCH_OK;
+        return;
     }
     if (x->clean != NULL)
-        TRY(check_lengths(app, place, name, ids, n, "clean", x->clean, (size_t)x->n_tokens, e));
+        check_lengths(app, place, name, ids, n, "clean", x->clean, (size_t)x->n_tokens);
     *(role == CLEAN ? &x->clean : &x->corrupted) = ids;
     x->n_tokens = (int)n;
-    return PATCH_OK;
 }
 
-/* Find the columns: `need` and `may` are sets of roles, which must and may be there. */
-static patch_status prompts_columns(Prompts *p, unsigned need, unsigned may, patch_error *e) {
-    char place[PLACE_ROOM];
-    int role, text, ids;
-
-    tsv_place(&p->tsv, 0, place);
-    for (role = 0; role < N_ROLES; role++) {
-        TRY(tsv_column(&p->tsv, ROLES[role][0], &text, e));
-        TRY(tsv_column(&p->tsv, ROLES[role][1], &ids, e));
-        if (text >= 0 && ids >= 0)
-            return fail(e, PATCH_E_INPUT, place, "both %s and %s; leave one out", ROLES[role][0],
-                        ROLES[role][1]);
-        p->has_ids[role] = ids >= 0;
-        p->column[role] = (need | may) & NEEDS(role) ? (ids >= 0 ? ids : text) : -1;
-        if ((need & NEEDS(role)) && p->column[role] < 0)
-            return fail(e, PATCH_E_INPUT, place, "no column %s; the first line names the columns, "
-                        "parted by tabs", ROLES[role][0]);
-    }
-    return PATCH_OK;
-}
-
-/* Read a prompts file. one_length: all examples must have it. */
-static patch_status prompts_read(App *app, const char *path, unsigned need, unsigned may,
-                                 int one_length, Prompts *p, patch_error *e) {
+/* Read the file that the first operand names. `need` and `may` are sets of roles, which must and may
+   be there. one_length: all examples must have it. */
+static Prompts prompts_read(App *app, unsigned need, unsigned may, int one_length) {
     const int side = need & NEEDS(CLEAN) ? CLEAN : CORRUPTED;
     char place[PLACE_ROOM], first[PLACE_ROOM];
-    size_t row;
-    int role;
+    Prompts p = {tsv_read(app, app->operands.items[0]), 0, 0, {0}, {0}, NULL, 0, 0};
 
-    memset(p, 0, sizeof *p);
-    TRY(tsv_read(app, &p->tsv, path, e));
-    TRY(prompts_columns(p, need, may, e));
-    p->n = p->tsv.n_rows;
-    KEEP(p->examples, p->n);
-    snprintf(first, sizeof first, "line %lu", (unsigned long)p->tsv.lines[1]);
-    for (row = 0; row < p->n; row++) {
-        for (role = 0; role < N_ROLES; role++)
-            if (p->column[role] >= 0)
-                TRY(prompts_role(app, p, row, role, e));
-        if (one_length)
-            TRY(check_lengths(app, tsv_place(&p->tsv, row + 1, place), "this prompt",
-                              prompt_ids(p, row, side), (size_t)p->examples[row].n_tokens, first,
-                              prompt_ids(p, 0, side), (size_t)p->examples[0].n_tokens, e));
+    tsv_place(&p.tsv, 0, place);
+    for (int role = 0; role < N_ROLES; role++) {
+        const int text = tsv_column(app, &p.tsv, ROLES[role][0], strlen(ROLES[role][0]));
+        const int ids = tsv_column(app, &p.tsv, ROLES[role][1], strlen(ROLES[role][1]));
+        if (text >= 0 && ids >= 0)
+            stop(app, PATCH_E_INPUT, place, "both %s and %s; leave one out", ROLES[role][0],
+                 ROLES[role][1]);
+        p.has_ids[role] = ids >= 0;
+        p.column[role] = (need | may) & NEEDS(role) ? (ids >= 0 ? ids : text) : -1;
+        if ((need & NEEDS(role)) && p.column[role] < 0)
+            stop(app, PATCH_E_INPUT, place, "no column %s; the first line names the columns, parted "
+                 "by tabs", ROLES[role][0]);
     }
-    return PATCH_OK;
+    p.n = p.tsv.n_rows;
+    p.examples = ROOM(patch_example, p.n);
+    snprintf(first, sizeof first, "line %lu", (unsigned long)p.tsv.lines[1]);
+    for (size_t row = 0; row < p.n; row++) {
+        tsv_place(&p.tsv, row + 1, place);
+        for (int role = 0; role < N_ROLES; role++)
+            if (p.column[role] >= 0)
+                prompts_role(app, &p, row, role, place);
+        if (one_length)
+            check_lengths(app, place, "this prompt", prompt_ids(&p, row, side),
+                          (size_t)p.examples[row].n_tokens, first, prompt_ids(&p, 0, side),
+                          (size_t)p.examples[0].n_tokens);
+    }
+    p.n_tokens = (size_t)p.examples[0].n_tokens;
+    return p;
 }
 
-/* ---- 13.4 Commands: info, tokens, top -------------------------------------------------------- */
+/* Which roles a metric reads. */
+static unsigned metric_needs(int metric) {
+    return (metric == PATCH_KL ? 0u : NEEDS(ANSWER)) |
+           (metric == PATCH_LOGIT_DIFF ? NEEDS(WRONG) : 0u);
+}
+
+/* ---- 13.4 Commands: info, tokens, top ------------------------------------------------------- */
 
 /* A file that comes with the program: in tests/tiny beside it, or installed; 0: nowhere. */
 static int bundled(const App *app, const char *name, char path[PATH_ROOM]) {
     char program[PATH_ROOM];
-    const char *slash;
     FILE *f = NULL;
-    int way;
 
     snprintf(program, sizeof program, "%s", app->program);
 #if HAS_POSIX
-    {
-        const ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
-
-        if (n > 0)
-            program[n] = '\0';
-    }
+    const ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    if (n > 0)
+        program[n] = '\0';
 #endif
-    slash = strrchr(program, '/');
-    for (way = 0; way < 2 && f == NULL; way++) {
-        if (way == 0)
+    const char *slash = strrchr(program, '/');
+    for (int installed = 0; installed < 2 && f == NULL; installed++) {
+        if (installed)
+            snprintf(path, PATH_ROOM, "%s/share/actpatch/%s", ACTPATCH_PREFIX, name);
+        else
             snprintf(path, PATH_ROOM, "%.*stests/tiny/%s", slash ? (int)(slash - program + 1) : 0,
                      program, name);
-        else
-            snprintf(path, PATH_ROOM, "%s/share/actpatch/%s", ACTPATCH_PREFIX, name);
         if ((f = fopen(path, "rb")) != NULL)
             fclose(f);
     }
     return f != NULL;
 }
 
-static patch_status open_model(App *app, patch_error *e) {
+static void open_model(App *app) {
     const char *environment = getenv("ACTPATCH_MODEL");
     char path[PATH_ROOM];
 
@@ -7888,10 +7707,13 @@ static patch_status open_model(App *app, patch_error *e) {
     if (app->model_path == NULL && environment != NULL && *environment != '\0')
         app->model_path = environment;
     if (app->model_path == NULL && !bundled(app, "model.bin", path))
-        return fail(e, PATCH_E_IO, "-m", "no model is named, and none is in tests/tiny beside the "
-                    "program or in " ACTPATCH_PREFIX "/share/actpatch; give -m MODEL or set "
-                    "ACTPATCH_MODEL");
-    return patch_model_open(app->model_path ? app->model_path : path, &app->load, &app->model, e);
+        stop(app, PATCH_E_IO, "-m", "no model is named, and none is in tests/tiny beside the "
+             "program or in " ACTPATCH_PREFIX "/share/actpatch; give -m MODEL or set "
+             "ACTPATCH_MODEL");
+    must(app, patch_model_open(app->model_path ? app->model_path : path, &app->load, &app->model,
+                               &app->e));
+    app->L = (size_t)patch_model_dims(app->model)->n_layers;
+    app->H = (size_t)patch_model_dims(app->model)->n_heads;
 }
 
 /* The processings, by the names that TransformerLens gives them. */
@@ -7915,7 +7737,7 @@ static int processing_on(const App *app, size_t i) {
 
 /* Lines `name value`, parted by a tab. The least memory is that of a pass over one token, beside
    the mapped file; the cache's is that of every activation of a prompt of n_ctx tokens. */
-static patch_status cmd_info(App *app, patch_error *e) {
+static void cmd_info(App *app) {
     static const char *const act_fns[] = {"gelu_new", "gelu", "relu"}, *const every[] = {"*"};
     const patch_dims *d = patch_model_dims(app->model);
     static const int first = 0;
@@ -7923,21 +7745,22 @@ static patch_status cmd_info(App *app, patch_error *e) {
     patch_read read = {PATCH_LN_FINAL_NORMALIZED, 0, 0, 0, NULL, 0};
     patch_stats stats = {0};
     char sha256[65];
-    size_t i, length, tokens = 0, cache = 0;
+    size_t length, tokens = 0, cache = 0;
 
     if (app->verify)
-        TRY(patch_model_verify(app->model, e));
-    TRY(patch_model_sha256(app->model, sha256, e));
-    TRY(patch_execute(app->model, &run, 1, &read, 1, &stats, e));
-    TRY(patch_run_with_cache(app->model, NULL, 1, (size_t)d->n_ctx, every, 1, &cache, NULL, e));
-    for (i = 0; i < (size_t)d->d_vocab; i++)
-        tokens += patch_token(app->model, (int)i, &length) != NULL;
+        must(app, patch_model_verify(app->model, &app->e));
+    must(app, patch_model_sha256(app->model, sha256, &app->e));
+    must(app, patch_execute(app->model, &run, 1, &read, 1, &stats, &app->e));
+    must(app, patch_run_with_cache(app->model, NULL, 1, (size_t)d->n_ctx, every, 1, &cache, NULL,
+                                   &app->e));
+    for (int i = 0; i < d->d_vocab; i++)
+        tokens += patch_token(app->model, i, &length) != NULL;
     printf("n_layers\t%d\nn_heads\t%d\nd_model\t%d\nd_head\t%d\nd_mlp\t%d\n", d->n_layers,
            d->n_heads, d->d_model, d->d_head, d->d_mlp);
     printf("n_ctx\t%d\nd_vocab\t%d\n", d->n_ctx, d->d_vocab);
     printf("act_fn\t%s\neps\t%.9g\nparameters\t%.0f\n", act_fns[d->act_fn], d->eps, d->parameters);
     printf("tokenizer_size\t%lu\nbos\t%d\n", (unsigned long)tokens, d->bos);
-    for (i = 0; i < N_PROCESSING; i++)
+    for (size_t i = 0; i < N_PROCESSING; i++)
         printf("%s\t%s\n", PROCESSING[i].name, processing_on(app, i) ? "yes" : "no");
     printf("folded\t%s\ndtype\t%s\nfile_bytes\t%.0f\n", d->folded ? "yes" : "no",
            d->dtype ? "f16" : "f32", d->file_bytes);
@@ -7945,39 +7768,32 @@ static patch_status cmd_info(App *app, patch_error *e) {
     printf("kernels\t%s\nthreads\t%d\nsha256\t%s\n", d->kernels, d->threads, sha256);
     if (app->verify)
         printf("checksums\tgood\n");
-    return PATCH_OK;
 }
 
 /* |a|b| with what a line cannot show escaped; without a tokenizer nothing stands between bars. */
 static void put_tokens(const App *app, const int *ids, size_t n) {
     char piece[ESCAPE_ROOM];
-    size_t i, at, length;
+    size_t length;
 
-    putchar('|');
-    for (i = 0; i < n; i++) {
+    for (size_t i = 0; i < n; i++) {
         const char *token = patch_token(app->model, ids[i], &length);
-
-        for (at = 0; token != NULL && at < length; fputs(piece, stdout))
-            at += escape_next(token + at, length - at, piece);
         putchar('|');
+        for (size_t at = 0; token != NULL && at < length; fputs(piece, stdout))
+            at += escape_next(token + at, length - at, piece);
     }
+    puts("|");
 }
 
-static patch_status cmd_tokens(App *app, patch_error *e) {
-    const int *ids = NULL;
-    size_t t, i, n;
-
-    for (t = 0; t < app->operands.n; t++) {
+static void cmd_tokens(App *app) {
+    for (size_t t = 0, n; t < app->operands.n; t++) {
         const char *text = app->operands.items[t];
+        const int *ids = encode(app, text, strlen(text), !app->no_bos, &n);
 
-        TRY(encode(app, text, strlen(text), !app->no_bos, &ids, &n, e));
-        for (i = 0; i < n; i++)
+        for (size_t i = 0; i < n; i++)
             printf(i ? " %d" : "%d", ids[i]);
         putchar('\n');
         put_tokens(app, ids, n);
-        putchar('\n');
     }
-    return PATCH_OK;
 }
 
 typedef struct Scored {
@@ -7994,113 +7810,355 @@ static int compare_scored(const void *a, const void *b) {
     return x->id < y->id ? -1 : x->id > y->id;
 }
 
-/* All tokens in the order of their logits behind a prompt. */
-static patch_status final_logits(App *app, const int *ids, size_t n, const Scored **scored,
-                                 patch_error *e) {
+/* All tokens [V] in the order of their logits behind a prompt. */
+static const Scored *final_logits(App *app, const int *ids, size_t n) {
     const patch_dims *d = patch_model_dims(app->model);
     const patch_run run = {ids, (int)n, NULL, 0};
-    patch_read read = {PATCH_LN_FINAL_NORMALIZED, 0, 0, (int)n - 1, NULL, 0};
-    Scored *list;
-    float *logits;
-    int i;
+    float *row = ROOM(float, (size_t)d->d_model), *logits = ROOM(float, (size_t)d->d_vocab);
+    patch_read read = {PATCH_LN_FINAL_NORMALIZED, 0, 0, (int)n - 1, row, 0};
+    Scored *list = ROOM(Scored, (size_t)d->d_vocab);
 
-    KEEP(read.out, (size_t)d->d_model);
-    KEEP(logits, (size_t)d->d_vocab);
-    KEEP(list, (size_t)d->d_vocab);
-    TRY(patch_execute(app->model, &run, 1, &read, 1, NULL, e));
-    TRY(patch_logits(app->model, read.out, 1, logits, e));
-    for (i = 0; i < d->d_vocab; i++) {
+    must(app, patch_execute(app->model, &run, 1, &read, 1, NULL, &app->e));
+    must(app, patch_logits(app->model, row, 1, logits, &app->e));
+    for (int i = 0; i < d->d_vocab; i++) {
         list[i].logit = isnan(logits[i]) ? -INFINITY : logits[i]; /* an order needs numbers */
         list[i].id = i;
     }
     qsort(list, (size_t)d->d_vocab, sizeof *list, compare_scored);
-    *scored = list;
-    return PATCH_OK;
+    pool_give(&app->pool, row);
+    pool_give(&app->pool, logits);
+    return list;
 }
 
 /* The ids of a text on the command line: a prompt, or an answer. */
-static patch_status encode_argument(App *app, const char *text, int is_answer, const int **ids,
-                                    size_t *n, patch_error *e) {
-    TRY(encode(app, text, strlen(text), !is_answer && !app->no_bos, ids, n, e));
-    return check_ids(app, *ids, *n, is_answer, is_answer ? "the answer" : "the prompt",
-                     is_answer ? "--answer" : app->command->name, e);
+static const int *encode_argument(App *app, const char *text, int is_answer, size_t *n) {
+    const int *ids = encode(app, text, strlen(text), !is_answer && !app->no_bos, n);
+
+    check_ids(app, ids, *n, is_answer, is_answer ? "the answer" : "the prompt",
+              is_answer ? "--answer" : app->command->name);
+    return ids;
 }
 
 /* The k best tokens, then the answers. */
-static patch_status cmd_top(App *app, patch_error *e) {
-    const int v = patch_model_dims(app->model)->d_vocab, k = app->k < v ? app->k : v;
-    const size_t lines = (size_t)k + app->answers.n;
-    const int *ids = NULL;
-    const Scored *list = NULL;
-    int rank, *rank_of;
+static void cmd_top(App *app) {
+    const int v = patch_model_dims(app->model)->d_vocab;
+    const size_t k = (size_t)(app->k < v ? app->k : v), lines = k + app->answers.n;
+    int *rank = ROOM(int, lines);
     double sum = 0;
-    size_t i, n = 0;
+    size_t n;
+    const int *ids = encode_argument(app, app->operands.items[0], 0, &n);
+    const Scored *list = final_logits(app, ids, n);
 
-    KEEP(rank_of, lines);
-    TRY(encode_argument(app, app->operands.items[0], 0, &ids, &n, e));
-    TRY(final_logits(app, ids, n, &list, e));
-    for (i = 0; i < lines; i++) {
-        rank = (int)i;
-        if (i >= (size_t)k) {
-            TRY(encode_argument(app, app->answers.items[i - (size_t)k], 1, &ids, &n, e));
-            for (rank = 0; list[rank].id != ids[0]; rank++)
-                ;
-        }
-        rank_of[i] = rank;
+    for (size_t i = 0; i < lines; i++) {
+        rank[i] = i < k ? (int)i : 0;
+        if (i >= k)
+            ids = encode_argument(app, app->answers.items[i - k], 1, &n);
+        while (i >= k && list[rank[i]].id != ids[0])
+            rank[i]++;
     }
-    for (rank = v - 1; rank >= 0; rank--) /* the small ones first */
-        sum += exp((double)list[rank].logit - (double)list[0].logit);
-    for (i = 0; i < lines; i++) {
-        const Scored *s = &list[rank_of[i]];
+    for (int i = v - 1; i >= 0; i--) /* the small ones first */
+        sum += exp((double)list[i].logit - (double)list[0].logit);
+    for (size_t i = 0; i < lines; i++) {
+        const Scored *s = &list[rank[i]];
 
-        printf("%d\t%d\t%.9g\t%.9g\t", rank_of[i], s->id, (double)s->logit,
+        printf("%d\t%d\t%.9g\t%.9g\t", rank[i], s->id, (double)s->logit,
                exp((double)s->logit - (double)list[0].logit) / sum);
         put_tokens(app, &s->id, 1);
-        putchar('\n');
     }
-    return PATCH_OK;
 }
 
-/* ---- 13.5 Commands: diff, cache, fold -------------------------------------------------------- */
-
-/* Which roles a metric reads. */
-static unsigned metric_needs(int metric) {
-    return (metric == PATCH_KL ? 0u : NEEDS(ANSWER)) |
-           (metric == PATCH_LOGIT_DIFF ? NEEDS(WRONG) : 0u);
-}
+/* ---- 13.5 Tables: what they have in common, and where they go ------------------------------- */
 
 /* The mean of n numbers that lie `step` apart, summed in order. */
 static double mean_of(const double *values, size_t n, size_t step) {
     double sum = 0;
-    size_t i;
 
-    for (i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++)
         sum += values[i * step];
     return sum / (double)n;
 }
 
-/* All tables of a call into all its files. */
-static patch_status write_outputs(const App *app, const Table *tables, size_t n, patch_error *e) {
-    size_t i;
-
-    for (i = 0; i < app->outputs.n; i++)
-        TRY(write_tables(app->outputs.items[i], app->command->formats, tables, n, e));
-    return PATCH_OK;
+/* Values [B, n] as they are, or their means over the examples. */
+static const double *mean_values(App *app, const double *values, size_t B, size_t n) {
+    if (app->per_prompt)
+        return values;
+    double *mean = ROOM(double, n);
+    for (size_t i = 0; i < n; i++)
+        mean[i] = mean_of(values + i, B, n);
+    return mean;
 }
+
+/* What the tables of a call have in common: one that has everything but name, axes and values. */
+typedef struct Common {
+    char **positions; /* [T] labels */
+    Table table;
+    char model[65]; /* SHA-256 */
+} Common;
+
+/* Positions are called TOKEN_i, as in TransformerLens's demos. */
+static void common_labels(App *app, Common *c, const char *const *tokens, const size_t *bytes,
+                          size_t T) {
+    c->table.tokens = tokens;
+    c->table.token_bytes = bytes;
+    c->table.n_tokens = T;
+    c->positions = ROOM(char *, T);
+    for (size_t i = 0; i < T; i++)
+        c->positions[i] = text_of(app, "%.*s_%lu", (int)bytes[i], tokens[i], (unsigned long)i);
+}
+
+/* The texts of n tokens; without a tokenizer an id is its own name. */
+static const char **token_texts(App *app, const int *ids, size_t n, size_t **bytes) {
+    const char **tokens = ROOM(const char *, n);
+
+    *bytes = ROOM(size_t, n);
+    for (size_t i = 0; i < n; i++) {
+        tokens[i] = patch_token(app->model, ids[i], &(*bytes)[i]);
+        if (tokens[i] == NULL)
+            (*bytes)[i] = strlen(tokens[i] = text_of(app, "%d", ids[i]));
+    }
+    return tokens;
+}
+
+/* {"clean":[[..]],"corrupted":[[..]]}, the ids of every example. */
+static const char *json_ids(App *app, const Prompts *p) {
+    Text t = {0};
+
+    for (int side = CLEAN; side <= CORRUPTED; side++) {
+        add(app, &t, "%s\"%s\":", side == CLEAN ? "{" : "],", SIDES[side]);
+        for (size_t row = 0; row < p->n; row++) {
+            const int *ids = prompt_ids(p, row, side);
+            add(app, &t, row ? ",[" : "[[");
+            for (int i = 0; ids != NULL && i < p->examples[row].n_tokens; i++)
+                add(app, &t, i ? ",%d" : "%d", ids[i]);
+            add(app, &t, "]");
+        }
+    }
+    add(app, &t, "]}");
+    return t.bytes;
+}
+
+/* Fill all of c but the unpatched means and the stats. In the settings stands what results depend
+   on; threads, memory and kernels are none of that. */
+static void common_begin(App *app, const Prompts *p, Common *c) {
+    Text settings = {0};
+    size_t *bytes;
+    const char **tokens = token_texts(app, p->examples[0].clean, p->n_tokens, &bytes);
+
+    memset(c, 0, sizeof *c);
+    common_labels(app, c, tokens, bytes, p->n_tokens);
+    c->table.command = app->command->name;
+    c->table.metric = METRICS[app->metric];
+    c->table.direction = app->noising ? "noising" : "denoising";
+    c->table.normalized = app->normalize;
+    c->table.range = app->range;
+    c->table.json_tokens = json_ids(app, p);
+    add(app, &settings, "{\"version\":\"%s\",\"bos\":%s", PATCH_VERSION,
+        app->no_bos ? "false" : "true");
+    for (size_t i = 0; i < N_PROCESSING; i++)
+        add(app, &settings, ",\"%s\":%s", PROCESSING[i].name,
+            processing_on(app, i) ? "true" : "false");
+    add(app, &settings, "}");
+    c->table.json_settings = settings.bytes;
+    for (size_t i = 0; i < app->outputs.n; i++)
+        if (app->shard || format_of(app->outputs.items[i], app->command->formats)->names_model)
+            c->table.model = c->model;
+    if (c->table.model != NULL)
+        must(app, patch_model_sha256(app->model, c->model, &app->e));
+}
+
+/* One more axis, with labels of its own or none. */
+static Axis *add_axis(Table *t, const char *name, size_t size, char **labels) {
+    Axis *axis = &t->axis[t->rank++];
+
+    *axis = (Axis){name, size, labels};
+    return axis;
+}
+
+/* Words as labels, or with words == NULL "H0", "H1", ... */
+static char **labels_of(App *app, const char *const *words, size_t n) {
+    char **labels = ROOM(char *, n);
+
+    for (size_t i = 0; i < n; i++)
+        labels[i] = words != NULL ? text_of(app, "%s", words[i])
+                                  : text_of(app, "H%lu", (unsigned long)i);
+    return labels;
+}
+
+/* "L9H6" for each of some heads. */
+static char **head_names(App *app, const patch_cell *heads, size_t n) {
+    char **labels = ROOM(char *, n);
+
+    for (size_t i = 0; i < n; i++)
+        labels[i] = text_of(app, "L%dH%d", heads[i].layer, heads[i].head);
+    return labels;
+}
+
+/* The axes of a sweep: examples where they are asked for, then layers, positions, heads. */
+static void add_axes(App *app, Table *t, const Common *c, size_t n_examples,
+                     const patch_shape *shape) {
+    if (app->per_prompt)
+        add_axis(t, "example", n_examples, NULL);
+    for (int k = 0; k < shape->rank; k++) {
+        const char *name = shape->axes[k];
+        const size_t size = shape->size[k];
+        char **labels = strcmp(name, "head") == 0           ? labels_of(app, NULL, size)
+                        : strstr("pos dest src", name) != NULL ? c->positions
+                                                               : NULL;
+        add_axis(t, name, size, labels);
+    }
+}
+
+/* One head, as "9.6", or with a letter as "9.6.q"; 0: it is none. */
+static int parse_head(const App *app, const char *text, size_t n, int letter, patch_cell *c) {
+    static const char letters[] = "qkv";
+    size_t layer, head, used = parse_digits(text, n, &layer), more = 0;
+    patch_hook hook = PATCH_Z;
+
+    if (used > 0 && used < n && text[used] == '.')
+        more = parse_digits(text + used + 1, n - used - 1, &head);
+    if (more == 0 || layer >= app->L || head >= app->H)
+        return 0;
+    used += 1 + more;
+    if (letter) {
+        const char *l = used + 2 == n && text[used] == '.' ? memchr(letters, text[n - 1], 3) : NULL;
+        if (l == NULL)
+            return 0;
+        hook = (patch_hook)(PATCH_Q + (l - letters));
+        used = n;
+    }
+    *c = (patch_cell){hook, (int)layer, -1, (int)head, -1};
+    return used == n;
+}
+
+/* Heads parted by commas, or `all` of them. */
+static patch_cell *parse_heads(App *app, const char *list, int letter, const char *option,
+                               size_t *n) {
+    const size_t every = app->L * app->H;
+    patch_cell *cells = ROOM(patch_cell, strlen(list) + every);
+    const char *word;
+    size_t length;
+
+    for (*n = 0; strcmp(list, "all") == 0 && *n < every; (*n)++)
+        cells[*n] = (patch_cell){PATCH_Z, (int)(*n / app->H), -1, (int)(*n % app->H), -1};
+    while (*n < every && next_word(&list, &word, &length))
+        if (!parse_head(app, word, length, letter, &cells[(*n)++]))
+            stop(app, PATCH_E_INPUT, option, "no head %.*s in %d layers of %d; give them as %s",
+                 (int)length, word, (int)app->L, (int)app->H, letter ? "9.6.q,10.0.k" : "9.6,10.0");
+    return cells;
+}
+
+/* Patterns [B, n, T, T] of some heads in the first B clean prompts, in one pass. */
+static float *read_patterns(App *app, const Prompts *p, size_t B, const patch_cell *heads,
+                            size_t n) {
+    const size_t T = p->n_tokens;
+    float *patterns = ROOM(float, B * n * T * T);
+    patch_read *reads = ROOM(patch_read, B * n);
+    patch_run *runs = ROOM(patch_run, B);
+
+    for (size_t b = 0; b < B; b++) {
+        runs[b] = (patch_run){p->examples[b].clean, (int)T, NULL, 0};
+        for (size_t i = 0; i < n; i++) { /* one read gives a layer's every head */
+            const int again = i > 0 && heads[i].layer == heads[i - 1].layer;
+            patch_read *r = &reads[b * n + i];
+            *r = (patch_read){PATCH_PATTERN, heads[i].layer, (int)b, -1, NULL, 0};
+            r->out = again ? r[-1].out : ROOM(float, app->H * T * T);
+        }
+    }
+    must(app, patch_execute(app->model, runs, B, reads, B * n, NULL, &app->e));
+    for (size_t i = 0; i < B * n; i++)
+        memcpy(patterns + i * T * T, reads[i].out + (size_t)heads[i % n].head * T * T,
+               T * T * sizeof *patterns);
+    return patterns;
+}
+
+/* What a page's attention viewer has at most: prompts, heads, and numbers in all. */
+enum { PAGE_PROMPTS = 8, PAGE_HEADS = 144, PAGE_NUMBERS = 20000000 };
+
+/* One page: settings, every prompt's logit difference, tables, the attention of some heads. */
+static void write_page(App *app, const Prompts *p, const patch_cell *heads, size_t n_heads,
+                       const char *title, const Table *tables, size_t n, const char *path) {
+    const size_t T = p->n_tokens;
+    size_t most = PAGE_NUMBERS / (T * T) + 1, *bytes;
+    Page page = {0};
+    char **prompts = ROOM(char *, p->n);
+
+    n_heads = n_heads < PAGE_HEADS ? n_heads : PAGE_HEADS;
+    page.n_heads = n_heads < most ? n_heads : most;
+    most = most / page.n_heads + 1;
+    page.n_attention = p->n < PAGE_PROMPTS ? p->n : PAGE_PROMPTS;
+    page.n_attention = page.n_attention < most ? page.n_attention : most;
+    if (p->column[WRONG] >= 0 && p->column[ANSWER] >= 0) {
+        double *differences = ROOM(double, 2 * p->n);
+        must(app, patch_measure(app->model, p->examples, p->n, PATCH_LOGIT_DIFF, differences, NULL,
+                                &app->e));
+        page.n_examples = p->n;
+        page.has_corrupted = p->column[CORRUPTED] >= 0;
+        page.differences = differences;
+    }
+    for (size_t b = 0; b < p->n; b++) {
+        const size_t n_ids = (size_t)p->examples[b].n_tokens;
+        const char **tokens = token_texts(app, p->examples[b].clean, n_ids, &bytes);
+        Text prompt = {0};
+        for (size_t i = 0; i < n_ids; i++) /* a NUL would end the text */
+            for (size_t at = 0; at < bytes[i]; at++)
+                add(app, &prompt, "%c", tokens[i][at] ? tokens[i][at] : '?');
+        prompts[b] = prompt.bytes != NULL ? prompt.bytes : text_of(app, "");
+    }
+    int *ids = ROOM(int, page.n_attention * T);
+    for (size_t b = 0; b < page.n_attention; b++)
+        memcpy(ids + b * T, p->examples[b].clean, T * sizeof *ids);
+    page.tokens = token_texts(app, ids, page.n_attention * T, &bytes);
+    page.token_bytes = bytes;
+    page.prompts = (const char *const *)prompts;
+    page.title = title;
+    page.json_settings = n > 0 ? tables[0].json_settings : NULL;
+    page.tables = tables;
+    page.n_tables = n;
+    page.n_tokens = T;
+    page.attention = read_patterns(app, p, page.n_attention, heads, page.n_heads);
+    page.head_names = (const char *const *)head_names(app, heads, page.n_heads);
+    must(app, out_open(&app->out, path, &app->e));
+    write_html(app->out.f, &page);
+    must(app, out_close(&app->out, &app->e));
+}
+
+static int has_ending(const char *path, const char *ending) {
+    const char *dot = strrchr(path, '.');
+
+    return dot != NULL && strcmp(dot, ending) == 0;
+}
+
+/* Tables into all files of the call, or, where none is named, shown. Pages have attention too where
+   there are prompts (p, else NULL). */
+static void give_tables(App *app, const Prompts *p, const Table *tables, size_t n) {
+    for (size_t i = 0; i < app->outputs.n; i++) {
+        const char *path = app->outputs.items[i];
+        size_t n_heads;
+        if (p != NULL && has_ending(path, ".html")) {
+            const patch_cell *heads = parse_heads(app, app->heads ? app->heads : "all", 0,
+                                                  "--heads", &n_heads);
+            write_page(app, p, heads, n_heads, "Activation patching", tables, n, path);
+        } else
+            must(app, write_tables(path, app->command->formats, tables, n, &app->e));
+    }
+    for (size_t i = 0; app->outputs.n == 0 && i < n; i++)
+        write_screen(stdout, &tables[i], screen_of(app));
+}
+
+/* ---- 13.6 Commands: diff, cache, fold ------------------------------------------------------- */
 
 /* The rows of `diff`: line, clean, corrupted where there is one; then the mean. */
 static void put_diff(FILE *f, const Table *t, char parted_by) {
     const size_t n = t->axis[0].size, columns = t->axis[1].size;
     const double mean[2] = {t->clean, t->corrupted};
     char number[NUMBER_ROOM];
-    size_t row, k;
 
     fputs("line", f);
-    for (k = 0; k < columns; k++)
+    for (size_t k = 0; k < columns; k++)
         fprintf(f, "%c%s", parted_by, SIDES[k]);
-    for (row = 0; row <= n; row++) {
+    for (size_t row = 0; row <= n; row++) {
         fprintf(f, "\n%s", row < n ? t->axis[0].labels[row] : "mean");
-        for (k = 0; k < columns; k++)
+        for (size_t k = 0; k < columns; k++)
             fprintf(f, "%c%s", parted_by,
                     number_text(row < n ? t->values[row * columns + k] : mean[k], number));
     }
@@ -8113,10 +8171,9 @@ static void write_diff_csv(FILE *f, const Table *t) {
 
 static void write_diff_json(FILE *f, const Table *t) {
     const size_t n = t->axis[0].size, columns = t->axis[1].size;
-    size_t row;
 
     fprintf(f, "{\"command\":\"diff\",\"metric\":\"%s\",\"examples\":[", t->metric);
-    for (row = 0; row <= n; row++) { /* the means stand behind the list */
+    for (size_t row = 0; row <= n; row++) { /* the means stand behind the list */
         if (row < n)
             fprintf(f, "%s\n{\"line\":%s,\"clean\":", row ? "," : "", t->axis[0].labels[row]);
         else
@@ -8135,103 +8192,47 @@ static const Format DIFF_FORMATS[] = {{".npy", write_npy, NULL, 0},
                                       {".json", write_diff_json, NULL, 0},
                                       {NULL, NULL, NULL, 0}};
 
-static patch_status cmd_diff(App *app, patch_error *e) {
+static void cmd_diff(App *app) {
+    const Prompts p = prompts_read(app, NEEDS(CLEAN) | metric_needs(app->metric), NEEDS(CORRUPTED), 0);
+    double *values = ROOM(double, 2 * p.n);
+    const size_t columns = p.column[CORRUPTED] >= 0 ? 2 : 1;
     Table t = {0};
-    Prompts p;
-    double *values;
-    size_t i, silent = 0;
+    int silent = 0;
 
-    TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN) | metric_needs(app->metric),
-                     NEEDS(CORRUPTED), 0, &p, e));
-    KEEP(values, 2 * p.n);
-    TRY(patch_measure(app->model, p.examples, p.n, (patch_metric)app->metric, values, NULL, e));
+    must(app, patch_measure(app->model, p.examples, p.n, (patch_metric)app->metric, values, NULL,
+                            &app->e));
     t.command = t.name = "diff";
     t.metric = METRICS[app->metric];
     t.rank = 2;
-    t.axis[0].name = "example";
-    t.axis[0].size = p.n;
-    KEEP(t.axis[0].labels, p.n);
-    for (i = 0; i < p.n; i++)
-        TRY(keep_text(app, &t.axis[0].labels[i], e, "%lu", (unsigned long)p.tsv.lines[i + 1]));
-    t.axis[1].name = "run";
-    t.axis[1].size = p.column[CORRUPTED] >= 0 ? 2 : 1;
+    t.axis[0] = (Axis){"example", p.n, ROOM(char *, p.n)};
+    t.axis[1] = (Axis){"run", columns, NULL};
+    for (size_t i = 0; i < p.n; i++)
+        t.axis[0].labels[i] = text_of(app, "%lu", (unsigned long)p.tsv.lines[i + 1]);
     t.clean = mean_of(values, p.n, 2);
     t.corrupted = mean_of(values + 1, p.n, 2);
-    for (i = 0; t.axis[1].size == 1 && i < p.n; i++) /* [B,2] becomes [B,1] */
+    for (size_t i = 0; columns == 1 && i < p.n; i++) /* [B,2] becomes [B,1] */
         values[i] = values[2 * i];
     t.values = values;
-    for (i = 0; i < app->outputs.n; i++)
-        silent += strcmp(app->outputs.items[i], "-") == 0;
+    for (size_t i = 0; i < app->outputs.n; i++)
+        silent |= strcmp(app->outputs.items[i], "-") == 0;
     if (!silent)
         put_diff(stdout, &t, '\t');
-    return write_outputs(app, &t, 1, e);
+    for (size_t i = 0; i < app->outputs.n; i++)
+        must(app, write_tables(app->outputs.items[i], DIFF_FORMATS, &t, 1, &app->e));
 }
 
 #define FINAL_ROWS "ln_final.hook_normalized" /* what logits are made from */
 
-/* What one call of `cache` runs and keeps. */
-typedef struct CacheCall {
-    int *tokens; /* [B,T] */
-    size_t n_prompts, n_tokens;
-    patch_cache *cache; /* what the globs name, and FINAL_ROWS */
-    int keep_final;     /* whether the globs name that too */
-} CacheCall;
+/* Every tensor of a cache, FINAL_ROWS only with keep_final: into the head of a file (offset !=
+   NULL), or its data. */
+static void cache_tensors(FILE *f, const patch_cache *cache, int keep_final, uint64_t *offset) {
+    for (size_t i = 0; i < patch_cache_count(cache); i++) {
+        const patch_tensor t = patch_cache_get(cache, i);
+        size_t n = 1;
 
-static patch_status cache_tokens(App *app, CacheCall *c, patch_error *e) {
-    const int *ids = NULL;
-    Prompts p = {0};
-    size_t i;
-
-    if ((app->text != NULL) == (app->operands.n > 0))
-        return fail(e, PATCH_E_USAGE, "cache", "it runs PROMPTS or --text; give one of them");
-    if (app->text != NULL) {
-        TRY(encode_argument(app, app->text, 0, &ids, &c->n_tokens, e));
-        c->n_prompts = 1;
-    } else {
-        TRY(prompts_read(app, app->operands.items[0], NEEDS(app->side), 0, 1, &p, e));
-        c->n_prompts = p.n;
-        c->n_tokens = (size_t)p.examples[0].n_tokens;
-    }
-    KEEP(c->tokens, c->n_prompts * c->n_tokens);
-    for (i = 0; i < c->n_prompts; i++)
-        memcpy(c->tokens + i * c->n_tokens, app->text ? ids : prompt_ids(&p, i, app->side),
-               c->n_tokens * sizeof *ids);
-    return PATCH_OK;
-}
-
-/* Globs parted by commas. The sizes with and without FINAL_ROWS tell whether they name it. */
-static patch_status cache_run(App *app, CacheCall *c, patch_error *e) {
-    const size_t B = c->n_prompts, T = c->n_tokens;
-    const double logits = 4.0 * (double)(B * T) * patch_model_dims(app->model)->d_vocab;
-    char *names = NULL, *comma;
-    const char **globs;
-    size_t n = 1, asked = 0, needed = 0;
-
-    TRY(keep_text(app, &names, e, "%s", app->names));
-    KEEP(globs, strlen(names) + 2);
-    for (globs[0] = names; (comma = strchr(names, ',')) != NULL; globs[n++] = names = comma + 1)
-        *comma = '\0';
-    TRY(patch_run_with_cache(app->model, c->tokens, B, T, globs, n, &asked, NULL, e));
-    globs[n++] = FINAL_ROWS;
-    TRY(patch_run_with_cache(app->model, c->tokens, B, T, globs, n, &needed, NULL, e));
-    c->keep_final = asked == needed;
-    if (needed > 1000000000 || is_terminal(2))
-        fprintf(stderr, "actpatch: cache: %.1f MB of memory for activations, %.1f MB of file\n",
-                (double)needed / 1e6, ((double)asked + logits) / 1e6);
-    return patch_run_with_cache(app->model, c->tokens, B, T, globs, n, NULL, &c->cache, e);
-}
-
-/* Every tensor that is asked for: into the head (offset != NULL), or its data. */
-static void cache_tensors(FILE *f, const CacheCall *c, uint64_t *offset) {
-    size_t i, n;
-    int k;
-
-    for (i = 0; i < patch_cache_count(c->cache); i++) {
-        const patch_tensor t = patch_cache_get(c->cache, i);
-
-        if (!c->keep_final && strcmp(t.name, FINAL_ROWS) == 0)
+        if (!keep_final && strcmp(t.name, FINAL_ROWS) == 0)
             continue;
-        for (n = 1, k = 0; k < t.rank; k++)
+        for (int k = 0; k < t.rank; k++)
             n *= t.shape[k];
         if (offset != NULL)
             safetensors_entry(f, t.name, "F32", t.rank, t.shape, offset);
@@ -8241,167 +8242,1149 @@ static void cache_tensors(FILE *f, const CacheCall *c, uint64_t *offset) {
 }
 
 /* Tokens, the activations, and the logits, which are never there as a whole. */
-static patch_status cache_write(App *app, const CacheCall *c, FILE *f, patch_error *e) {
-    const size_t C = (size_t)patch_model_dims(app->model)->d_model;
-    const size_t V = (size_t)patch_model_dims(app->model)->d_vocab, n = c->n_prompts * c->n_tokens;
-    const size_t shape[3] = {c->n_prompts, c->n_tokens, V};
+static void write_cache(App *app, const int *tokens, size_t B, size_t T, const patch_cache *cache,
+                        int keep_final) {
+    const size_t C = (size_t)patch_model_dims(app->model)->d_model, n = B * T;
+    const size_t V = (size_t)patch_model_dims(app->model)->d_vocab, shape[3] = {B, T, V};
+    float *logits = ROOM(float, LOGIT_ROWS * V);
     const float *final = NULL;
     uint64_t offset = 0;
-    float *logits;
-    size_t i, rows;
 
-    KEEP(logits, LOGIT_ROWS * V);
+    must(app, out_open(&app->out, app->outputs.items[0], &app->e));
+    FILE *f = app->out.f;
     safetensors_begin(f);
     safetensors_entry(f, "tokens", "I64", 2, shape, &offset);
-    cache_tensors(f, c, &offset);
+    cache_tensors(f, cache, keep_final, &offset);
     safetensors_entry(f, "logits", "F32", 3, shape, &offset);
     safetensors_end(f);
-    for (i = 0; i < n; i++)
-        put_little(f, (uint64_t)c->tokens[i], 8);
-    cache_tensors(f, c, NULL);
-    for (i = 0; i < patch_cache_count(c->cache); i++)
-        if (strcmp(patch_cache_get(c->cache, i).name, FINAL_ROWS) == 0)
-            final = patch_cache_get(c->cache, i).data;
-    for (i = 0; i < n && !ferror(f); i += rows) {
+    for (size_t i = 0; i < n; i++)
+        put_little(f, (uint64_t)tokens[i], 8);
+    cache_tensors(f, cache, keep_final, NULL);
+    for (size_t i = 0; i < patch_cache_count(cache); i++)
+        if (strcmp(patch_cache_get(cache, i).name, FINAL_ROWS) == 0)
+            final = patch_cache_get(cache, i).data;
+    for (size_t i = 0, rows; i < n && !ferror(f); i += rows) {
         rows = n - i < LOGIT_ROWS ? n - i : LOGIT_ROWS;
-        TRY(patch_logits(app->model, final + i * C, rows, logits, e));
+        must(app, patch_logits(app->model, final + i * C, rows, logits, &app->e));
         put_floats(f, logits, rows * V);
     }
-    return PATCH_OK;
+    must(app, out_close(&app->out, &app->e));
 }
 
 static const Format CACHE_FORMATS[] = {{".safetensors", NULL, NULL, 0}, {NULL, NULL, NULL, 0}};
 
-static patch_status cmd_cache(App *app, patch_error *e) {
-    CacheCall c = {0};
-    OutFile o = {0};
-    patch_status status;
+/* FINAL_ROWS is cached in any case; the sizes with and without it tell whether the globs name it. */
+static void cmd_cache(App *app) {
+    const char **globs = ROOM(const char *, strlen(app->names) + 2), *list = app->names, *word;
+    size_t n = 0, length, asked = 0, needed = 0, B = 1, T = 0;
+    patch_cache *cache = NULL;
+    int *tokens;
 
-    TRY(cache_tokens(app, &c, e));
-    status = cache_run(app, &c, e);
-    if (status == PATCH_OK)
-        status = out_open(&o, app->outputs.items[0], e);
-    if (status == PATCH_OK)
-        status = cache_write(app, &c, o.f, e);
-    if (status == PATCH_OK)
-        status = out_close(&o, e);
-    out_drop(&o);
-    patch_cache_free(c.cache);
-    return status;
-}
-
-static patch_status cmd_fold(App *app, patch_error *e) {
-    return patch_model_fold(app->model, app->outputs.items[0], e);
-}
-
-/* ---- 13.6 Tables of a prompts file: what their axes and files have in common ----------------- */
-
-/* The labels of positions and heads, and a table that has everything but name, axes and values. */
-typedef struct Common {
-    char **positions, **heads; /* [T], [H] */
-    Table table;
-    char model[65]; /* SHA-256 */
-} Common;
-
-/* TOKEN_i of the first clean prompt, as in TransformerLens's demos, and H0, H1, ... */
-static patch_status common_labels(App *app, const Prompts *p, Common *c, patch_error *e) {
-    const size_t n = (size_t)p->examples[0].n_tokens;
-    const size_t n_heads = (size_t)patch_model_dims(app->model)->n_heads;
-    const char **tokens;
-    size_t *bytes, i;
-    char *number;
-
-    KEEP(tokens, n);
-    KEEP(bytes, n);
-    KEEP(c->positions, n);
-    KEEP(c->heads, n_heads);
-    for (i = 0; i < n; i++) {
-        tokens[i] = patch_token(app->model, p->examples[0].clean[i], &bytes[i]);
-        if (tokens[i] == NULL) { /* without a tokenizer an id is its own name */
-            TRY(keep_text(app, &number, e, "%d", p->examples[0].clean[i]));
-            bytes[i] = strlen(tokens[i] = number);
-        }
-        TRY(keep_text(app, &c->positions[i], e, "%.*s_%lu", (int)bytes[i], tokens[i],
-                      (unsigned long)i));
+    if ((app->text != NULL) == (app->operands.n > 0))
+        stop(app, PATCH_E_USAGE, "cache", "it runs PROMPTS or --text; give one of them");
+    if (app->text != NULL) {
+        const int *ids = encode_argument(app, app->text, 0, &T);
+        tokens = memcpy(ROOM(int, T), ids, T * sizeof *ids);
+    } else {
+        const Prompts p = prompts_read(app, NEEDS(app->side), 0, 1);
+        B = p.n;
+        T = p.n_tokens;
+        tokens = ROOM(int, B * T);
+        for (size_t i = 0; i < B; i++)
+            memcpy(tokens + i * T, prompt_ids(&p, i, app->side), T * sizeof *tokens);
     }
-    for (i = 0; i < n_heads; i++)
-        TRY(keep_text(app, &c->heads[i], e, "H%lu", (unsigned long)i));
-    c->table.tokens = tokens;
-    c->table.token_bytes = bytes;
-    c->table.n_tokens = n;
-    return PATCH_OK;
+    while (next_word(&list, &word, &length))
+        globs[n++] = text_of(app, "%.*s", (int)length, word);
+    must(app, patch_run_with_cache(app->model, tokens, B, T, globs, n, &asked, NULL, &app->e));
+    globs[n++] = FINAL_ROWS;
+    must(app, patch_run_with_cache(app->model, tokens, B, T, globs, n, &needed, NULL, &app->e));
+    if (needed > 1000000000 || is_terminal(2))
+        fprintf(stderr, "actpatch: cache: %.1f MB of memory for activations, %.1f MB of file\n",
+                (double)needed / 1e6,
+                ((double)asked + 4.0 * (double)(B * T) * patch_model_dims(app->model)->d_vocab) / 1e6);
+    must(app, patch_run_with_cache(app->model, tokens, B, T, globs, n, NULL, &cache, &app->e));
+    write_cache(app, tokens, B, T, cache, asked == needed);
+    patch_cache_free(cache);
 }
 
-/* {"clean":[[..]],"corrupted":[[..]]}, the ids of every example. */
-static patch_status common_tokens(App *app, const Prompts *p, Common *c, patch_error *e) {
-    size_t row, room = 64;
-    int side, i, n;
-    char *at;
+static void cmd_fold(App *app) {
+    must(app, patch_model_fold(app->model, app->outputs.items[0], &app->e));
+}
 
-    for (row = 0; row < p->n; row++)
-        room += 2 * (12 * (size_t)p->examples[row].n_tokens + 4);
-    KEEP(at, room);
-    c->table.json_tokens = at;
-    for (side = CLEAN; side <= CORRUPTED; side++) {
-        at += sprintf(at, "%s\"%s\":", side == CLEAN ? "{" : "],", SIDES[side]);
-        for (row = 0; row < p->n; row++) {
-            n = prompt_ids(p, row, side) != NULL ? p->examples[row].n_tokens : 0;
-            at += sprintf(at, row ? ",[" : "[[");
-            for (i = 0; i < n; i++)
-                at += sprintf(at, i ? ",%d" : "%d", prompt_ids(p, row, side)[i]);
-            at += sprintf(at, "]");
+/* ---- 13.7 Commands: attn, heads, lens, path, ablate ----------------------------------------- */
+
+/* Patterns [B, heads, T, T] of the clean prompts. */
+static void cmd_attn(App *app) {
+    const Prompts p = prompts_read(app, NEEDS(CLEAN), 0, 1);
+    const size_t T = p.n_tokens;
+    size_t n;
+    const patch_cell *heads = parse_heads(app, app->heads, 0, "--heads", &n);
+    const float *patterns = read_patterns(app, &p, p.n, heads, n);
+    double *values = ROOM(double, p.n * n * T * T);
+    Common c;
+
+    for (size_t i = 0; i < p.n * n * T * T; i++)
+        values[i] = (double)patterns[i];
+    common_begin(app, &p, &c);
+    c.table.name = "pattern";
+    c.table.metric = c.table.direction = NULL;
+    c.table.values = values;
+    add_axis(&c.table, "example", p.n, NULL);
+    add_axis(&c.table, "head", n, head_names(app, heads, n));
+    add_axis(&c.table, "dest", T, c.positions);
+    add_axis(&c.table, "src", T, c.positions);
+    give_tables(app, &p, &c.table, 1);
+}
+
+/* Scores [3, L, H] of the kinds of heads on one prompt, into a table that has no axes yet. */
+static void heads_table(App *app, const int *ids, size_t n, Table *t) {
+    static const char *const kinds[] = {"previous", "duplicate", "induction"};
+    double *scores = ROOM(double, 3 * app->L * app->H);
+
+    must(app, patch_head_kinds(app->model, ids, (int)n, scores, &app->e));
+    t->command = t->name = "heads";
+    t->metric = t->direction = NULL;
+    t->values = scores;
+    add_axis(t, "kind", 3, labels_of(app, kinds, 3));
+    add_axis(t, "layer", app->L, NULL);
+    add_axis(t, "head", app->H, labels_of(app, NULL, app->H));
+}
+
+/* A token as a JSON string; each byte that is no UTF-8 becomes U+FFFD. */
+static const char *json_text(App *app, int id) {
+    Text t = {0};
+    size_t n = 0, length;
+    const char *text = patch_token(app->model, id, &n);
+
+    add(app, &t, "\"");
+    for (size_t i = 0; i < n; i += length) {
+        const uint32_t code = next_char(text + i, n - i, &length);
+        if (code == UTF8_INVALID)
+            add(app, &t, "\xEF\xBF\xBD");
+        else if (code < 0x20)
+            add(app, &t, "\\u%04x", (unsigned)code);
+        else
+            add(app, &t, "%s%.*s", code == '"' || code == '\\' ? "\\" : "", (int)length, text + i);
+    }
+    add(app, &t, "\"");
+    return t.bytes;
+}
+
+/* "key":[[..],..] of values [L, H]. */
+static void json_rows(App *app, Text *t, const char *key, const double *values) {
+    char number[NUMBER_ROOM];
+
+    add(app, t, ",\"%s\":", key);
+    for (size_t i = 0; i < app->L * app->H; i++)
+        add(app, t, "%s%s", i == 0 ? "[[" : i % app->H == 0 ? "],[" : ",",
+            number_text(values[i], number));
+    add(app, t, "]]");
+}
+
+/* Copying scores of the names that the file's answers are, each once: a table [2, L, H] and JSON. */
+static void copying_table(App *app, const Prompts *p, Table *t) {
+    static const char *const signs[] = {"positive", "negative"};
+    const size_t n_heads = app->L * app->H;
+    int *names = ROOM(int, 2 * p->n);
+    double *scores = ROOM(double, 2 * n_heads);
+    size_t n = 0;
+    Text json = {0};
+
+    for (size_t i = 0; i < 2 * p->n; i++) {
+        const int id = i % 2 == 0 ? p->examples[i / 2].answer : p->examples[i / 2].wrong;
+        size_t known = 0;
+        while (known < n && names[known] != id)
+            known++;
+        if (known == n && (i % 2 == 0 || p->column[WRONG] >= 0))
+            names[n++] = id;
+    }
+    must(app, patch_copying_scores(app->model, names, n, scores, scores + n_heads, &app->e));
+    add(app, &json, "\"copying\":{\"names\":[");
+    for (size_t i = 0; i < n; i++)
+        add(app, &json, "%s%s", i ? "," : "", json_text(app, names[i]));
+    add(app, &json, "]");
+    json_rows(app, &json, "positive", scores);
+    json_rows(app, &json, "negative", scores + n_heads);
+    add(app, &json, "}");
+    memset(t, 0, sizeof *t);
+    t->command = "heads";
+    t->name = "copying";
+    t->values = scores;
+    t->range = app->range;
+    t->json_more = json.bytes;
+    add_axis(t, "kind", 2, labels_of(app, signs, 2));
+    add_axis(t, "layer", app->L, NULL);
+    add_axis(t, "head", app->H, labels_of(app, NULL, app->H));
+}
+
+/* Kinds of heads on the first prompt, or on random tokens said twice. Which heads copy names costs
+   many times as much; it is shown and in .json, where the prompts have answers. */
+static void cmd_heads(App *app) {
+    const patch_dims *d = patch_model_dims(app->model);
+    const int half = d->n_ctx < 51 ? (d->n_ctx - 1) / 2 : 25, bos = !app->no_bos && d->bos >= 0;
+    int n = 2 * half + bos, copying = app->outputs.n == 0;
+    Table tables[2] = {{0}};
+    Random *r = ROOM(Random, 1);
+
+    for (size_t i = 0; i < app->outputs.n; i++)
+        copying |= has_ending(app->outputs.items[i], ".json");
+    tables[0].range = app->range;
+    if (app->operands.n > 0) {
+        const Prompts p = prompts_read(app, NEEDS(CLEAN), NEEDS(ANSWER) | NEEDS(WRONG), 0);
+        heads_table(app, p.examples[0].clean, p.n_tokens, &tables[0]);
+        copying = copying && p.column[ANSWER] >= 0;
+        if (copying)
+            copying_table(app, &p, &tables[1]);
+    } else {
+        int *ids = ROOM(int, (size_t)n + 2);
+        random_seed(r, (uint32_t)app->seed);
+        ids[0] = bos ? d->bos : 0;
+        for (int i = 0; i < half; i++)
+            ids[bos + i] = ids[bos + half + i] = (int)(random_u32(r) % (uint32_t)d->d_vocab);
+        heads_table(app, ids, n > 0 ? (size_t)n : 1, &tables[0]);
+        copying = 0;
+    }
+    tables[0].json_more = tables[1].json_more;
+    give_tables(app, NULL, tables, copying && app->outputs.n == 0 ? 2 : 1);
+}
+
+/* The tables of `lens`: parts' names are "0_pre", "0_mid", ..., "final_post"; "embed", "pos_embed",
+   "0_attn_out", "0_mlp_out", ...; "L0H0", ..., "remainder". */
+enum { LENS_TABLES = 4 };
+
+static char *lens_label(App *app, int which, size_t i, size_t n) {
+    static const char *const firsts[] = {"embed", "pos_embed"};
+    static const char *const forms[][2] = {{"%lu_pre", "%lu_mid"}, {"%lu_attn_out", "%lu_mlp_out"}};
+    const unsigned long number = (unsigned long)i;
+
+    if (which == 1 && i < 2)
+        return text_of(app, "%s", firsts[i]);
+    if (which != 1 && i == n - 1)
+        return text_of(app, "%s", which == 2 ? "remainder" : "final_post");
+    if (which == 2)
+        return text_of(app, "L%luH%lu", number / app->H, number % app->H);
+    return text_of(app, forms[which][i % 2], (number - (which == 1 ? 2 : 0)) / 2);
+}
+
+/* Fill all four; returns the mean logit difference and, in *bias, what of it is b_U's. */
+static double lens_tables(App *app, const Prompts *p, const Common *c, Table *tables, double *bias) {
+    static const char *const names[LENS_TABLES] = {"accumulated", "layers", "heads", "lens"};
+    const size_t L = app->L, sizes[] = {2 * L + 1, 2 * L + 2, L * app->H + 1, 2 * L + 1};
+    double *values[LENS_TABLES], *logit_diff = ROOM(double, p->n), *biases = ROOM(double, p->n);
+
+    for (int i = 0; i < LENS_TABLES; i++)
+        values[i] = ROOM(double, p->n * sizes[i]);
+    patch_lens lens = {0};
+    lens.accumulated = values[0];
+    lens.layers = values[1];
+    lens.heads = values[2];
+    lens.lens = values[3];
+    lens.bias = biases;
+    lens.logit_diff = logit_diff;
+    must(app, patch_logit_lens(app->model, p->examples, p->n, &lens, &app->e));
+    *bias = mean_of(biases, p->n, 1);
+    const double ld = mean_of(logit_diff, p->n, 1);
+    const char *more = text_of(app, "\"bias\":%.9g,\"ld\":%.9g", *bias, ld);
+    for (int i = 0; i < LENS_TABLES; i++) {
+        Table *t = &tables[i];
+        *t = c->table;
+        t->command = "lens";
+        t->name = names[i];
+        t->direction = NULL;
+        t->json_more = more;
+        t->values = mean_values(app, values[i], p->n, sizes[i]);
+        if (app->per_prompt)
+            add_axis(t, "example", p->n, NULL);
+        char **labels = add_axis(t, "part", sizes[i], ROOM(char *, sizes[i]))->labels;
+        for (size_t k = 0; k < sizes[i]; k++)
+            labels[k] = lens_label(app, i % 3, k, sizes[i]);
+    }
+    return ld;
+}
+
+static void cmd_lens(App *app) {
+    const Prompts p = prompts_read(app, NEEDS(CLEAN) | NEEDS(ANSWER) | NEEDS(WRONG), 0, 0);
+    Table tables[LENS_TABLES];
+    double bias;
+    Common c;
+
+    common_begin(app, &p, &c);
+    const double ld = lens_tables(app, &p, &c, tables, &bias);
+    if (app->outputs.n == 0)
+        printf("logit difference %.9g, of which b_U %.9g\n", ld, bias);
+    give_tables(app, &p, tables, LENS_TABLES);
+}
+
+/* With --normalize, that 0 / 0 is no number is told once. */
+static void warn_no_difference(App *app, double clean, double corrupted) {
+    if (app->normalize && clean == corrupted)
+        warn("--normalize",
+             "clean and corrupted mean are both %s, so values are nan or infinite; choose other "
+             "prompts or another metric", text_of(app, "%.9g", clean));
+}
+
+static void cmd_path(App *app) {
+    const Prompts p = prompts_read(
+        app, NEEDS(CLEAN) | NEEDS(CORRUPTED) | metric_needs(app->metric), 0, 1);
+    patch_path_options o = {(patch_metric)app->metric, app->noising, app->freeze_mlps, NULL, 0};
+    const size_t n = app->L * app->H;
+    double *values = ROOM(double, p.n * n), *unpatched = ROOM(double, 2 * p.n);
+    Common c;
+
+    if (app->to != NULL && strcmp(app->to, "final") != 0)
+        o.receivers = parse_heads(app, app->to, 1, "--to", &o.n_receivers);
+    must(app, patch_paths(app->model, p.examples, p.n, &o, values, unpatched, NULL, &app->e));
+    common_begin(app, &p, &c);
+    c.table.name = "path";
+    c.table.has_baseline = 1;
+    const double clean = c.table.clean = mean_of(unpatched, p.n, 2);
+    const double corrupted = c.table.corrupted = mean_of(unpatched + 1, p.n, 2);
+    warn_no_difference(app, clean, corrupted);
+    for (size_t i = 0; app->normalize && i < p.n * n; i++)
+        values[i] = (values[i] - (app->noising ? clean : corrupted)) / (clean - corrupted);
+    if (app->per_prompt)
+        add_axis(&c.table, "example", p.n, NULL);
+    add_axis(&c.table, "layer", app->L, NULL);
+    add_axis(&c.table, "head", app->H, labels_of(app, NULL, app->H));
+    c.table.values = mean_values(app, values, p.n, n);
+    give_tables(app, &p, &c.table, 1);
+}
+
+/* Number the groups that a column names. */
+static void ablation_groups(App *app, const Prompts *p, patch_ablation *o) {
+    const int column = named_column(app, &p->tsv, "--groups", app->groups, strlen(app->groups));
+    int *groups = ROOM(int, p->n);
+
+    o->n_groups = 0;
+    for (size_t b = 0, k; b < p->n; b++) {
+        const Field *mine = tsv_field(&p->tsv, b, column);
+        for (k = 0; k < b; k++) {
+            const Field *f = tsv_field(&p->tsv, k, column);
+            if (f->length == mine->length && memcmp(f->text, mine->text, f->length) == 0)
+                break;
+        }
+        groups[b] = k < b ? groups[k] : o->n_groups++;
+    }
+    o->groups = groups;
+}
+
+/* --positions: of each example the numbers in these columns (empty: none), or its end. */
+static void ablation_positions(App *app, const Prompts *p, patch_ablation *o) {
+    const size_t room_for = strlen(app->positions) + 1;
+    int *positions = ROOM(int, p->n * room_for), *columns = ROOM(int, room_for);
+    const char *list = app->positions, *word;
+    char place[PLACE_ROOM];
+    size_t n = 0, length, number;
+
+    for (; next_word(&list, &word, &length); n++)
+        columns[n] = is_word("end", word, length)
+                         ? -1 : named_column(app, &p->tsv, "--positions", word, length);
+    for (size_t b = 0; b < p->n; b++)
+        for (size_t i = 0; i < n; i++) {
+            const int T = p->examples[b].n_tokens;
+            const Field *f = columns[i] < 0 ? NULL : tsv_field(&p->tsv, b, columns[i]);
+            const size_t used = f == NULL ? 0 : parse_digits(f->text, f->length, &number);
+            if (f != NULL && (used != f->length || (used > 0 && number >= (size_t)T)))
+                stop(app, PATCH_E_INPUT, tsv_place(&p->tsv, b + 1, place),
+                     "%.*s is no position of %d tokens; give a number from 0 or nothing",
+                     f->length < 20 ? (int)f->length : 20, f->text, T);
+            positions[b * n + i] = f == NULL ? T - 1 : used > 0 ? (int)number : -1;
+        }
+    o->positions = positions;
+    o->n_positions = (int)n;
+}
+
+/* What a circuit is worth (Wang et al. 2022, section 4): sets of heads that are kept while all
+   others are ablated. The first set is the circuit, the second nothing, the others the circuit
+   without one of its heads; JSON of their means. F(M\K), everything but one head, is what ablating
+   that head alone leaves. */
+static char *judge_circuit(App *app, const Prompts *p, const patch_cell *heads, size_t n,
+                           patch_ablation o, double whole) {
+    const size_t n_sets = n + 2;
+    patch_cell *cells = ROOM(patch_cell, n * n);
+    size_t *sets = ROOM(size_t, n_sets + 1), at = n;
+    double *values = ROOM(double, p->n * n_sets), *alone = ROOM(double, p->n * n);
+    Text t = {0};
+    char number[2][NUMBER_ROOM];
+
+    memcpy(cells, heads, n * sizeof *cells);
+    sets[1] = sets[2] = n;
+    for (size_t i = 0; i < n; i++, sets[i + 2] = at)
+        for (size_t k = 0; k < n; k++)
+            if (k != i)
+                cells[at++] = heads[k];
+    must(app, patch_ablate(app->model, p->examples, p->n, cells, sets, n_sets, &o, values, NULL,
+                           NULL, &app->e));
+    o.keep = 0;
+    for (size_t i = 0; i <= n; i++)
+        sets[i] = i;
+    must(app, patch_ablate(app->model, p->examples, p->n, heads, sets, n, &o, alone, NULL, NULL,
+                           &app->e));
+    const double kept = mean_of(values, p->n, n_sets), nothing = mean_of(values + 1, p->n, n_sets);
+    const double faithfulness = (kept - nothing) / (whole - nothing);
+    add(app, &t, "\"ablated\":%.9g,\n\"faithfulness\":%s,\n\"circuit\":[", nothing,
+        isfinite(faithfulness) ? number_text(faithfulness, number[0]) : "null");
+    for (size_t i = 0; i < n; i++) {
+        const double without = mean_of(values + 2 + i, p->n, n_sets);
+        add(app, &t, "%s\n{\"head\":\"L%dH%d\",\"minimality\":%s,\"completeness\":%s}",
+            i ? "," : "", heads[i].layer, heads[i].head, number_text(kept - without, number[0]),
+            number_text(without - mean_of(alone + i, p->n, n), number[1]));
+    }
+    add(app, &t, "]");
+    return t.bytes;
+}
+
+/* Cells of a site one by one, or a list of heads together. */
+static void cmd_ablate(App *app) {
+    patch_ablation o = {0};
+    patch_shape shape = {0};
+    patch_cell *cells;
+    size_t n_heads = 0;
+    Random *r = ROOM(Random, 1);
+    Common c;
+
+    if ((app->site != NULL) == (app->heads != NULL))
+        stop(app, PATCH_E_USAGE, "ablate",
+             "it wants a site or heads; give --site SWEEP or --heads 9.6,10.0");
+    if (app->site != NULL && (app->keep || app->positions != NULL))
+        stop(app, PATCH_E_USAGE, "ablate", "--keep and --positions are for heads; give --heads");
+    const Prompts p = prompts_read(app, NEEDS(CLEAN) | metric_needs(app->metric), 0, 1);
+    o.by = (patch_by)app->by;
+    o.metric = (patch_metric)app->metric;
+    o.n_groups = 1;
+    o.noise = app->noise;
+    o.seed = (unsigned)app->seed;
+    o.keep = app->keep;
+    if (app->groups != NULL)
+        ablation_groups(app, &p, &o);
+    if (app->positions != NULL)
+        ablation_positions(app, &p, &o);
+    int *partner = ROOM(int, p.n); /* one of the other examples at random; alone, itself */
+    random_seed(r, o.seed);
+    for (size_t b = 0; b < p.n; b++)
+        partner[b] = p.n < 2 ? 0 : (int)((b + 1 + random_u32(r) % (p.n - 1)) % p.n);
+    o.partner = partner;
+    if (app->site != NULL) {
+        const int T = (int)p.n_tokens;
+        must(app, patch_sweep_cells(app->model, app->site, T, &shape, NULL, &app->e));
+        cells = ROOM(patch_cell, shape.n_cells);
+        must(app, patch_sweep_cells(app->model, app->site, T, &shape, cells, &app->e));
+    } else
+        cells = parse_heads(app, app->heads, 0, "--heads", &n_heads);
+    const size_t n_sets = app->site != NULL ? shape.n_cells : 1;
+    size_t *sets = ROOM(size_t, n_sets + 1);
+    for (size_t i = 0; i <= n_sets; i++)
+        sets[i] = app->site != NULL ? i : i * n_heads;
+    double *values = ROOM(double, p.n * n_sets), *unpatched = ROOM(double, p.n);
+    must(app, patch_ablate(app->model, p.examples, p.n, cells, sets, n_sets, &o, values, unpatched,
+                           NULL, &app->e));
+    common_begin(app, &p, &c);
+    c.table.direction = NULL;
+    c.table.name = app->site ? app->site : "heads";
+    c.table.has_baseline = 1;
+    c.table.clean = mean_of(unpatched, p.n, 1);
+    c.table.corrupted = (double)NAN;
+    if (app->keep)
+        c.table.json_more = judge_circuit(app, &p, cells, n_heads, o, c.table.clean);
+    for (size_t i = 0; app->normalize && i < p.n * n_sets; i++) /* minus the baseline */
+        values[i] -= app->per_prompt ? unpatched[i / n_sets] : c.table.clean;
+    add_axes(app, &c.table, &c, p.n, &shape);
+    if (app->site == NULL)
+        add_axis(&c.table, "part", 1, NULL);
+    c.table.values = mean_values(app, values, p.n, n_sets);
+    give_tables(app, &p, &c.table, 1);
+    if (app->keep && app->outputs.n == 0)
+        printf("%s\n", c.table.json_more);
+}
+
+/* ---- 13.8 Command: trace -------------------------------------------------------------------- */
+
+enum { TRACE_KINDS = 3, TRACE_GROUPS = 6, NOISE_SHOWN = 10 };
+static const char *const TRACES[] = {"resid", "mlp", "attn"};
+static const char *const GROUPS[] = {"first_subject", "middle_subject", "last_subject",
+                                     "first_subsequent", "further", "last"};
+
+typedef struct TracedFact {
+    patch_fact fact;
+    size_t line;
+    int skipped;
+    double high, low, *cells; /* [3, T, L] */
+} TracedFact;
+
+typedef struct Facts {
+    Tsv tsv;
+    TracedFact *facts; /* [n] */
+    size_t n, skipped;
+    int kinds; /* bits */
+    double sigma;
+} Facts;
+
+/* The tokens that the subject's first match in the text lies in: where tokens begin and end in
+   bytes tells it. */
+static void find_subject(App *app, const Field *prompt, const Field *subject, patch_fact *f, int bos,
+                         const char *place) {
+    size_t at = 0, end = 0, length;
+
+    while (at + subject->length <= prompt->length &&
+           memcmp(prompt->text + at, subject->text, subject->length) != 0)
+        at++;
+    if (subject->length == 0 || at + subject->length > prompt->length)
+        stop(app, PATCH_E_INPUT, place,
+             "the subject does not stand in its prompt; correct one of them");
+    f->begin = f->end = 0;
+    for (int i = bos; i < f->n_tokens && end < at + subject->length; i++) {
+        patch_token(app->model, f->tokens[i], &length);
+        end += length;
+        f->begin = f->end == 0 && end > at ? i : f->begin;
+        f->end = end > at ? i + 1 : 0;
+    }
+}
+
+/* The model's most likely token behind the prompt; a fact with another attribute is skipped. */
+static void fact_answer(App *app, TracedFact *t, const Field *attribute) {
+    const Scored *list = final_logits(app, t->fact.tokens, (size_t)t->fact.n_tokens);
+    size_t n;
+    const char *token = patch_token(app->model, t->fact.answer = list[0].id, &n);
+
+    for (; n > 0 && strchr(" \n\t", *token) != NULL && *token != '\0'; n--)
+        token++;
+    while (n > 0 && strchr(" \n\t", token[n - 1]) != NULL && token[n - 1] != '\0')
+        n--;
+    t->skipped = attribute != NULL && attribute->length > 0 &&
+                 (attribute->length != n || memcmp(attribute->text, token, n) != 0);
+}
+
+/* Read the file, find subjects and answers; sigma is of the embeddings of all subjects' tokens. */
+static void read_facts(App *app, Facts *f) {
+    const int bos = app->bos && !app->no_bos;
+    char place[PLACE_ROOM];
+    size_t n, n_ids = 0;
+
+    f->tsv = tsv_read(app, app->operands.items[0]);
+    const int prompt = tsv_column(app, &f->tsv, "prompt", 6);
+    const int subject = tsv_column(app, &f->tsv, "subject", 7);
+    const int attribute = tsv_column(app, &f->tsv, "attribute", 9);
+    if (prompt < 0 || subject < 0)
+        stop(app, PATCH_E_INPUT, f->tsv.path,
+             "no column %s; the first line names prompt, subject and attribute",
+             prompt < 0 ? "prompt" : "subject");
+    f->n = f->tsv.n_rows;
+    f->facts = ROOM(TracedFact, f->n);
+    for (size_t row = 0; row < f->n; row++) /* a token is a byte or more */
+        n_ids += tsv_field(&f->tsv, row, subject)->length;
+    int *subject_ids = ROOM(int, n_ids);
+    n_ids = 0;
+    for (size_t row = 0; row < f->n; row++) {
+        const Field *text = tsv_field(&f->tsv, row, prompt);
+        const Field *name = tsv_field(&f->tsv, row, subject);
+        TracedFact *t = &f->facts[row];
+
+        tsv_place(&f->tsv, row + 1, place);
+        t->line = f->tsv.lines[row + 1];
+        t->fact.tokens = encode(app, text->text, text->length, bos, &n);
+        t->fact.n_tokens = (int)n;
+        check_ids(app, t->fact.tokens, n, 0, "prompt", place);
+        find_subject(app, text, name, &t->fact, bos, place);
+        must(app, patch_encode(app->model, name->text, name->length, 0, subject_ids + n_ids,
+                               name->length, &n, &app->e));
+        n_ids += n;
+        fact_answer(app, t, attribute < 0 ? NULL : tsv_field(&f->tsv, row, attribute));
+        f->skipped += (size_t)t->skipped;
+    }
+    must(app, patch_trace_sigma(app->model, subject_ids, n_ids, app->noise, &f->sigma, &app->e));
+}
+
+/* Is token i of a fact in a group? A token of a one-token subject is both first and last. */
+static int in_group(const patch_fact *f, int i, int group) {
+    switch (group) {
+    case 0: return i == f->begin;
+    case 1: return i > f->begin && i < f->end - 1;
+    case 2: return i == f->end - 1;
+    case 3: return i == f->end && i < f->n_tokens;
+    case 4: return i > f->end && i < f->n_tokens - 1;
+    default: return i == f->n_tokens - 1;
+    }
+}
+
+/* AIE: the mean over all facts' tokens of a group, less the mean low, and 1.96 standard errors. */
+static double group_average(const Facts *f, int kind, int group, size_t layer, size_t L,
+                            double *band) {
+    double sum = 0, square = 0, low = 0, n = 0, facts = 0;
+
+    for (size_t k = 0; k < f->n; k++) {
+        const TracedFact *t = &f->facts[k];
+        if (t->skipped)
+            continue;
+        facts++;
+        low += t->low;
+        for (int i = 0; i < t->fact.n_tokens; i++) {
+            const double v = t->cells[(size_t)(kind * t->fact.n_tokens + i) * L + layer];
+            if (!in_group(&t->fact, i, group))
+                continue;
+            n++;
+            sum += v;
+            square += v * v;
         }
     }
-    sprintf(at, "]}");
-    return PATCH_OK;
+    *band = n > 0 ? 1.96 * sqrt(fabs(square / n - sum / n * (sum / n))) / sqrt(facts) : (double)NAN;
+    return n > 0 ? sum / n - low / facts : (double)NAN;
 }
 
-/* The settings that results depend on; threads, memory and kernels are none of them. */
-static patch_status common_settings(App *app, Common *c, patch_error *e) {
-    char text[400], *kept = NULL;
-    size_t i, used = (size_t)sprintf(text, "{\"version\":\"%s\",\"bos\":%s", PATCH_VERSION,
-                                     app->no_bos ? "false" : "true");
-
-    for (i = 0; i < N_PROCESSING; i++)
-        used += (size_t)snprintf(text + used, sizeof text - used, ",\"%s\":%s", PROCESSING[i].name,
-                                 processing_on(app, i) ? "true" : "false");
-    TRY(keep_text(app, &kept, e, "%s}", text));
-    c->table.json_settings = kept;
-    for (i = 0; i < app->outputs.n; i++)
-        if (app->shard != NULL ||
-            format_of(app->outputs.items[i], app->command->formats)->names_model)
-            c->table.model = c->model;
-    return c->table.model != NULL ? patch_model_sha256(app->model, c->model, e) : PATCH_OK;
+/* "key":[..], what stands before it too. */
+static void json_list(FILE *f, const char *before, const char *key, const double *v, size_t n) {
+    fprintf(f, "%s\"%s\":[", before, key);
+    for (size_t i = 0; i < n; i++) {
+        fputs(i ? "," : "", f);
+        json_number(f, v[i]);
+    }
+    fputc(']', f);
 }
 
-/* Fill all of c but the unpatched means and the stats. */
-static patch_status common_begin(App *app, const Prompts *p, Common *c, patch_error *e) {
-    memset(c, 0, sizeof *c);
-    c->table.command = app->command->name;
-    c->table.metric = METRICS[app->metric];
-    c->table.direction = app->noising ? "noising" : "denoising";
-    c->table.normalized = app->normalize;
-    c->table.range = app->range;
-    TRY(common_labels(app, p, c, e));
-    TRY(common_tokens(app, p, c, e));
-    return common_settings(app, c, e);
+static void write_fact(FILE *f, App *app, int kinds, const TracedFact *t) {
+    const size_t T = (size_t)t->fact.n_tokens;
+    const char *before = "";
+
+    fprintf(f, "{\"line\":%lu,\"tokens\":[", (unsigned long)t->line);
+    for (size_t i = 0; i < T; i++) {
+        fputs(i ? "," : "", f);
+        fputs(json_text(app, t->fact.tokens[i]), f);
+    }
+    fprintf(f, "],\"subject\":[%d,%d],\"answer\":", t->fact.begin, t->fact.end);
+    fputs(json_text(app, t->fact.answer), f);
+    fputs(",\"high\":", f);
+    json_number(f, t->high);
+    fputs(",\"low\":", f);
+    json_number(f, t->low);
+    fputs(",\"kinds\":{", f);
+    for (size_t kind = 0; kind < TRACE_KINDS; kind++) {
+        if (!(kinds >> kind & 1))
+            continue;
+        fprintf(f, "%s\"%s\":[", before, TRACES[kind]);
+        for (size_t i = 0; i < T * app->L; i++) {
+            fputs(i == 0 ? "[" : i % app->L == 0 ? "],[" : ",", f);
+            json_number(f, t->cells[kind * T * app->L + i]);
+        }
+        fputs("]]", f);
+        before = ",";
+    }
+    fputs("}}", f);
 }
 
-/* One more axis, with the labels that belong to its name. */
-static Axis *add_axis(Table *t, const Common *c, const char *name, size_t size) {
-    Axis *axis = &t->axis[t->rank++];
+/* All facts and the averages; `averages` are the means [kinds, groups, L], then their bands. */
+static void write_trace(App *app, const Facts *facts, const Table *averages, const char *path) {
+    const size_t L = app->L;
+    const char *before = "\n";
+    double z[NOISE_SHOWN];
 
-    axis->name = name;
-    axis->size = size;
-    axis->labels = axis_is(axis, "head") ? c->heads
-                   : axis_is(axis, "pos") || axis_is(axis, "dest") || axis_is(axis, "src")
-                       ? c->positions
-                       : NULL;
-    return axis;
+    must(app, out_open(&app->out, path, &app->e));
+    FILE *f = app->out.f;
+    patch_trace_noise(1, z, NOISE_SHOWN);
+    fprintf(f, "{\"command\":\"trace\",\"sigma\":%.17g", facts->sigma);
+    json_list(f, ",", "z", z, NOISE_SHOWN);
+    fputs(",\"facts\":[", f);
+    for (size_t k = 0; k < facts->n; k++)
+        if (!facts->facts[k].skipped) {
+            fputs(before, f);
+            write_fact(f, app, facts->kinds, &facts->facts[k]);
+            before = ",\n";
+        }
+    fprintf(f, "],\n\"skipped\":%lu,\"averages\":{", (unsigned long)facts->skipped);
+    for (size_t kind = 0; kind < averages->axis[0].size; kind++) {
+        fprintf(f, "%s\n\"%s\":{", kind ? "," : "", averages->axis[0].labels[kind]);
+        for (size_t group = 0; group < TRACE_GROUPS; group++) {
+            const size_t at = (kind * TRACE_GROUPS + group) * L;
+            fprintf(f, "%s\"%s\":{", group ? "," : "", GROUPS[group]);
+            json_list(f, "", "mean", averages->values + at, L);
+            json_list(f, ",", "band", averages->band + at, L);
+            fputc('}', f);
+        }
+        fputc('}', f);
+    }
+    fputs("}}\n", f);
+    must(app, out_close(&app->out, &app->e));
+}
+
+/* A fact's table [kind, pos, layer], or (t == NULL) the averages' [kind, group, layer]. */
+static Table trace_table(App *app, const Facts *f, const TracedFact *t) {
+    const size_t L = app->L, rows = t ? (size_t)t->fact.n_tokens : TRACE_GROUPS;
+    double *values = ROOM(double, TRACE_KINDS * rows * L), *band = ROOM(double, TRACE_KINDS * rows * L);
+    const char *words[TRACE_KINDS];
+    size_t n = 0, length;
+    Table table = {0};
+
+    table.command = "trace";
+    table.name = t ? "trace" : "averages";
+    table.metric = METRICS[PATCH_PROB];
+    table.range = app->range;
+    table.values = values;
+    for (int kind = 0; kind < TRACE_KINDS; kind++) {
+        if (!(f->kinds >> kind & 1))
+            continue;
+        for (size_t i = 0; i < rows * L; i++) {
+            const size_t at = n * rows * L + i;
+            values[at] = t != NULL ? t->cells[(size_t)kind * rows * L + i]
+                                   : group_average(f, kind, (int)(i / L), i % L, L, &band[at]);
+        }
+        words[n++] = TRACES[kind];
+    }
+    add_axis(&table, "kind", n, labels_of(app, words, n));
+    if (t == NULL) {
+        add_axis(&table, "group", rows, labels_of(app, GROUPS, rows));
+        table.band = band;
+    } else {
+        char **labels = add_axis(&table, "pos", rows, ROOM(char *, rows))->labels;
+        for (int i = 0; i < t->fact.n_tokens; i++) { /* the subject has stars */
+            const char *token = patch_token(app->model, t->fact.tokens[i], &length);
+            labels[i] = text_of(app, "%.*s%s", (int)length, token,
+                                i >= t->fact.begin && i < t->fact.end ? "*" : "");
+        }
+        table.has_baseline = 1;
+        table.clean = t->high;
+        table.corrupted = t->low;
+    }
+    add_axis(&table, "layer", L, NULL);
+    return table;
+}
+
+/* --kind resid,mlp,attn as bits. */
+static int trace_kinds(App *app) {
+    const char *list = app->kind ? app->kind : "resid,mlp,attn", *word;
+    int kinds = 0;
+
+    for (size_t n; next_word(&list, &word, &n);) {
+        int k = 0;
+        while (k < TRACE_KINDS && !is_word(TRACES[k], word, n))
+            k++;
+        if (k == TRACE_KINDS)
+            stop(app, PATCH_E_USAGE, "--kind", "unknown kind %.*s; choose resid, mlp or attn",
+                 n < 60 ? (int)n : 60, word);
+        kinds |= 1 << k;
+    }
+    return kinds;
+}
+
+static void cmd_trace(App *app) {
+    patch_trace_options o = {app->samples, app->window, app->severed, 0, 0, PATCH_PROB};
+    const TracedFact *last = NULL;
+    Facts f = {0};
+
+    f.kinds = o.kinds = trace_kinds(app);
+    read_facts(app, &f);
+    o.sigma = f.sigma;
+    for (size_t i = 0; i < f.n; i++) {
+        TracedFact *t = &f.facts[i];
+
+        if (t->skipped)
+            continue;
+        t->cells = ROOM(double, TRACE_KINDS * (size_t)t->fact.n_tokens * app->L);
+        must(app, patch_trace(app->model, &t->fact, &o, &t->high, &t->low, t->cells, NULL, &app->e));
+        last = t;
+        if (is_terminal(2) && f.n > 1)
+            fprintf(stderr, i + 1 < f.n ? "\r%lu of %lu facts\x1b[K" : "\r\x1b[K",
+                    (unsigned long)(i + 1), (unsigned long)f.n);
+    }
+    if (last == NULL)
+        stop(app, PATCH_E_INPUT, f.tsv.path, "the model knows none of the %lu facts; leave their "
+             "attribute empty or give others", (unsigned long)f.n);
+    const Table averages = trace_table(app, &f, NULL);
+    const Table table = f.n == 1 ? trace_table(app, &f, last) : averages;
+    for (size_t i = 0; i < app->outputs.n; i++) {
+        const char *path = app->outputs.items[i];
+
+        if (has_ending(path, ".json"))
+            write_trace(app, &f, &averages, path);
+        else if (has_ending(path, ".npy") && f.n > 1)
+            stop(app, PATCH_E_INPUT, path, ".npy holds one fact, not %lu; write .json",
+                 (unsigned long)f.n);
+        else
+            must(app, write_tables(path, app->command->formats, &table, 1, &app->e));
+    }
+    if (app->outputs.n == 0)
+        write_screen(stdout, &table, screen_of(app));
+}
+
+/* ---- 13.9 Sweeps: cells and tables ---------------------------------------------------------- */
+
+/* The sweeps of one call, each a list of cells. What several of them share (*_every sweeps consist
+   of others) is computed once. */
+typedef struct Sweeps {
+    const char *name[MAX_SWEEPS];
+    size_t n;                     /* sweeps */
+    patch_shape shape[MAX_SWEEPS];
+    size_t start[MAX_SWEEPS + 1]; /* where a sweep's cells begin among all */
+    size_t *slot;                 /* [all]: which distinct cell each of them is */
+    patch_cell *cells;            /* [n_cells], the distinct ones */
+    size_t n_cells;
+} Sweeps;
+
+/* Names parted by commas; `all` is every one but that whose size is quadratic in the prompt. */
+static void choose_sweeps(App *app, const char *list, Sweeps *s) {
+    const char *word, *known;
+
+    for (size_t n; next_word(&list, &word, &n);) {
+        const int all = is_word("all", word, n);
+        int found = 0;
+        for (size_t i = 0; (known = patch_sweep_name(i)) != NULL; i++) {
+            size_t k = 0;
+            if (all ? strcmp(known, "attn_head_pattern_dest_src_pos") == 0 : !is_word(known, word, n))
+                continue;
+            while (k < s->n && s->name[k] != known)
+                k++;
+            if (k == s->n && k < MAX_SWEEPS) /* named twice, made once */
+                s->name[s->n++] = known;
+            found = 1;
+        }
+        if (!found)
+            stop(app, PATCH_E_USAGE, "--sweep", "unknown sweep %.*s; see actpatch patch -h",
+                 n < 60 ? (int)n : 60, word);
+    }
+}
+
+static int compare_cells(const void *a, const void *b) {
+    return memcmp(a, b, sizeof(patch_cell)); /* ints, no padding */
+}
+
+/* All cells of the chosen sweeps over prompts of n_tokens, each distinct one once. */
+static void plan_sweeps(App *app, const patch_model *model, size_t n_tokens, Sweeps *s) {
+    const int T = (int)n_tokens;
+    size_t n_sorted = 0;
+
+    for (size_t i = 0; i < s->n; i++) {
+        must(app, patch_sweep_cells(model, s->name[i], T, &s->shape[i], NULL, &app->e));
+        s->start[i + 1] = s->start[i] + s->shape[i].n_cells;
+    }
+    const size_t n = s->start[s->n];
+    s->cells = ROOM(patch_cell, n);
+    s->slot = ROOM(size_t, n);
+    for (size_t i = 0; i < s->n; i++)
+        must(app, patch_sweep_cells(model, s->name[i], T, &s->shape[i], s->cells + s->start[i],
+                                    &app->e));
+    patch_cell *sorted = memcpy(ROOM(patch_cell, n), s->cells, n * sizeof *sorted);
+    size_t *number = ROOM(size_t, n); /* of a sorted cell among the distinct, from 1 */
+    qsort(sorted, n, sizeof *sorted, compare_cells);
+    for (size_t i = 0; i < n; i++)
+        if (i == 0 || compare_cells(&sorted[i], &sorted[n_sorted - 1]) != 0)
+            sorted[n_sorted++] = sorted[i];
+    for (size_t i = 0; i < n; i++) {
+        const patch_cell *same = bsearch(&s->cells[i], sorted, n_sorted, sizeof *sorted,
+                                         compare_cells);
+        if (number[same - sorted] == 0) {
+            s->cells[s->n_cells] = s->cells[i];
+            number[same - sorted] = ++s->n_cells;
+        }
+        s->slot[i] = number[same - sorted] - 1;
+    }
+}
+
+/* The tables of the sweeps, without values, for n examples. Kinds of an *_every sweep are called as
+   their hook points; z is a head's output. */
+static Table *sweep_tables(App *app, const Sweeps *s, const Common *c, size_t n) {
+    Table *tables = ROOM(Table, s->n);
+    char name[64];
+
+    for (size_t i = 0; i < s->n; i++) {
+        Table *t = &tables[i];
+
+        *t = c->table;
+        t->name = s->name[i];
+        add_axes(app, t, c, n, &s->shape[i]);
+        for (Axis *axis = t->axis; axis < t->axis + t->rank; axis++) {
+            if (strcmp(axis->name, "kind") != 0)
+                continue;
+            axis->labels = ROOM(char *, axis->size);
+            for (size_t k = 0; k < axis->size; k++) {
+                const size_t cell = s->start[i] + k * (s->shape[i].n_cells / axis->size);
+                const patch_hook hook = s->cells[s->slot[cell]].hook;
+                patch_hook_name(hook, 0, name, sizeof name);
+                axis->labels[k] = text_of(app, "%s", hook == PATCH_Z ? "out"
+                                                                     : strstr(name, "hook_") + 5);
+            }
+        }
+    }
+    return tables;
+}
+
+/* ---- 13.10 Part files: resuming, shards -----------------------------------------------------
+   What a sweep has finished is appended to OUT.part, and the same command goes on from there. The
+   file has a head, lines "key: value" of all that the values depend on and all that the tables are
+   made of, so that `merge` needs neither model nor prompts; then records, in any order, each
+        u64 first item   u64 count n   f64 values [n]   f64 unpatched [examples touched, 2]
+        u32 CRC-32 of all that
+   little-endian. An item is one cell of one example, example * n_cells + cell. A record that is cut
+   short or damaged ends the file: it is computed again. */
+
+#define PART_MAGIC "actpatch part 2\nhead: "
+enum { PART_LENGTH = 22, PART_SHARD = 33 }; /* where the head's length and the line `shard` stand */
+
+typedef struct Part {
+    const char *path;
+    FILE *f;          /* NULL: nothing is kept */
+    const char *head; /* n_head bytes */
+    size_t n_head, n_cells, n_items;
+    double *values, *unpatched; /* [n_items], [examples, 2] */
+    unsigned char *have;        /* [n_items] 1: the value is there */
+    long writes_left;           /* fault hook: die by SIGKILL at this write, 0: never */
+    size_t done, wanted;        /* for who waits */
+    double started;
+} Part;
+
+static uint64_t double_bits(double x) {
+    uint64_t bits;
+
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static double bits_double(uint64_t bits) {
+    double x;
+
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Bytes of a record of items first .. first + n - 1. */
+static size_t record_bytes(const Part *p, size_t first, size_t n, size_t *examples) {
+    *examples = (first + n - 1) / p->n_cells - first / p->n_cells + 1;
+    return 16 + 8 * n + 16 * *examples + 4;
+}
+
+/* Take over one record's numbers; returns its length, 0 where it is damaged. */
+static size_t part_record(Part *p, const unsigned char *r, size_t left) {
+    const uint64_t first = left >= 16 ? get_u64(r) : 0, n = left >= 16 ? get_u64(r + 8) : 0;
+    size_t examples;
+
+    if (n == 0 || first >= p->n_items || n > p->n_items - first)
+        return 0;
+    const size_t length = record_bytes(p, (size_t)first, (size_t)n, &examples);
+    if (length > left || crc32_of(0, r, length - 4) != get_u32(r + length - 4))
+        return 0;
+    for (size_t i = 0; i < n; i++)
+        p->values[first + i] = bits_double(get_u64(r + 16 + 8 * i));
+    memset(p->have + first, 1, (size_t)n);
+    for (size_t i = 0; i < 2 * examples; i++)
+        p->unpatched[first / p->n_cells * 2 + i] = bits_double(get_u64(r + 16 + 8 * ((size_t)n + i)));
+    return length;
+}
+
+/* Refuse a head that is not the wanted one: say the first line in which they differ. */
+static NORETURN void other_head(App *app, const char *path, const char *want, size_t n_want,
+                                const char *got, size_t n_got) {
+    size_t line = 0;
+
+    for (size_t i = 0; i < n_want && i < n_got && want[i] == got[i]; i++)
+        if (want[i] == '\n')
+            line = i + 1;
+    const int width = line < n_got ? (int)strcspn(got + line, "\n") : 0;
+    stop(app, PATCH_E_INPUT, path,
+         "holds the part of another run (%.*s); remove it or give the settings it was made with",
+         width > 120 ? 120 : width, got + (line < n_got ? line : 0));
+}
+
+/* All records of a part file's bytes, behind its head; returns how many bytes are sound. */
+static size_t part_records(Part *p, const char *bytes, size_t n) {
+    size_t at = p->n_head, length;
+
+    while (at < n && (length = part_record(p, (const unsigned char *)bytes + at, n - at)) > 0)
+        at += length;
+    return at;
+}
+
+/* Open a part file, going on with what is there. An unsound end is cut off by writing the file
+   anew. */
+static void part_open(App *app, Part *p) {
+    const char *die = getenv("ACTPATCH_DIE_AT_WRITE"); /* for the tests */
+    FILE *there = fopen(p->path, "rb");
+    size_t n = 0, sound = 0;
+    const char *bytes = there != NULL ? read_file(app, p->path, &n) : "";
+
+    if (there != NULL)
+        fclose(there);
+    p->writes_left = die ? atol(die) : 0;
+    if (n >= p->n_head && memcmp(bytes, p->head, p->n_head) == 0)
+        sound = part_records(p, bytes, n);
+    else if (n >= p->n_head || memcmp(bytes, p->head, n) != 0) { /* else killed in the head */
+        const size_t skip = n > PART_SHARD ? PART_SHARD : 0;
+        other_head(app, p->path, p->head + skip, p->n_head - skip, bytes + skip, n - skip);
+    }
+    if (sound == 0 || sound < n) {
+        must(app, out_open(&app->out, p->path, &app->e));
+        fwrite(sound ? bytes : p->head, 1, sound ? sound : p->n_head, app->out.f);
+        must(app, out_close(&app->out, &app->e));
+    }
+    if ((p->f = fopen(p->path, "ab")) == NULL)
+        stop(app, PATCH_E_IO, p->path, "cannot be written (%s); name another output",
+             strerror(errno));
+    app->part = p;
+}
+
+/* patch_cells_options.done: append what is finished to the file; after a second show cells, rate
+   and time left. */
+static patch_status part_append(void *ctx, size_t first, size_t n, const double *values,
+                                patch_error *e) {
+    Part *p = ctx;
+    size_t examples, at = 16;
+    const size_t length = record_bytes(p, first, n, &examples);
+    const double *unpatched = p->unpatched + first / p->n_cells * 2, seconds = now() - p->started;
+
+    p->done += n;
+    if (is_terminal(2) && seconds > 1)
+        fprintf(stderr,
+                p->done < p->wanted ? "\r%lu of %lu cells, %.0f a second, %.0f s left\x1b[K"
+                                    : "\r\x1b[K",
+                (unsigned long)p->done, (unsigned long)p->wanted, (double)p->done / seconds,
+                (double)(p->wanted - p->done) * seconds / (double)p->done);
+    memset(p->have + first, 1, n);
+    if (p->f == NULL)
+        return PATCH_OK;
+    unsigned char *r = take(&HEAP, length, 1);
+    if (r == NULL)
+        return no_memory(e, p->path, length);
+    set_little(r, first, 8);
+    set_little(r + 8, n, 8);
+    for (size_t i = 0; i < n + 2 * examples; i++, at += 8)
+        set_little(r + at, double_bits(i < n ? values[i] : unpatched[i - n]), 8);
+    set_little(r + at, crc32_of(0, r, at), 4);
+#ifdef SIGKILL
+    if (p->writes_left > 0 && --p->writes_left == 0) { /* half a record, then death */
+        fwrite(r, 1, length / 2, p->f);
+        fflush(p->f);
+        raise(SIGKILL);
+    }
+#endif
+    const int ok = fwrite(r, 1, length, p->f) == length && fflush(p->f) == 0;
+    give(&HEAP, r);
+    return ok ? PATCH_OK
+              : fail(e, PATCH_E_IO, p->path, "could not be written (%s); make room and run this "
+                     "again, it goes on from here", strerror(errno));
+}
+
+/* Close. A part whose whole is written elsewhere, or that holds nothing, is not needed any more. */
+static void part_close(Part *p, int finished) {
+    if (p->f == NULL)
+        return;
+    fclose(p->f);
+    p->f = NULL;
+    if (finished || memchr(p->have, 1, p->n_items) == NULL)
+        remove(p->path);
+}
+
+static void hash_text(Sha256 *h, char hex[65]) {
+    sha256_end(h, hex);
+    sha256_begin(h);
+}
+
+/* The head of a part file: see above. What a model is, its file's front tells, which holds every
+   tensor's checksum; `sha256` is the whole file's, for the tables. */
+static void part_head(App *app, Part *part, const Common *c, const Prompts *p) {
+    const ModelFile *f = &app->model->file;
+    char prompts[65], model[65], length[11];
+    Text t = {0};
+    Sha256 h;
+
+    sha256_begin(&h);
+    for (size_t i = 0; i < p->n; i++) {
+        const patch_example *x = &p->examples[i];
+        const int numbers[] = {x->n_tokens, x->answer, x->wrong};
+        sha256_add(&h, numbers, sizeof numbers);
+        sha256_add(&h, x->clean, (size_t)x->n_tokens * sizeof(int));
+        sha256_add(&h, x->corrupted, (size_t)x->n_tokens * sizeof(int));
+    }
+    hash_text(&h, prompts);
+    sha256_add(&h, f->front, f->tokenizer_at + f->tokenizer_bytes);
+    hash_text(&h, model);
+    add(app, &t,
+        PART_MAGIC "0000000000\nshard: %s\nsweeps: %s\nmetric: %s\nnoising: %d\nnormalize: %d\n"
+        "per-prompt: %d\nsettings: %s\nkernels: %s\nmodel: %s\nprompts: %s\nsha256: %s\n"
+        "examples: %lu\nlayers: %lu\nheads: %lu\npositions: %lu\ntexts:",
+        app->shard ? app->shard : "1/1", app->sweeps, c->table.metric, app->noising, app->normalize,
+        app->per_prompt, c->table.json_settings, patch_model_dims(app->model)->kernels, model,
+        prompts, c->model, (unsigned long)p->n, (unsigned long)app->L, (unsigned long)app->H,
+        (unsigned long)p->n_tokens);
+    for (size_t i = 0; i < p->n_tokens; i++) /* any bytes: in hexadecimal */
+        for (size_t k = 0; k <= c->table.token_bytes[i]; k++)
+            add(app, &t, k ? "%02x" : " ", (unsigned)(unsigned char)c->table.tokens[i][k ? k - 1 : 0]);
+    add(app, &t, "\ntokens: %s\n\n", c->table.json_tokens);
+    snprintf(length, sizeof length, "%010lu", (unsigned long)t.length);
+    memcpy(t.bytes + PART_LENGTH, length, 10);
+    part->head = t.bytes;
+    part->n_head = t.length;
+}
+
+static void part_room(App *app, Part *p, size_t n, size_t n_cells) {
+    p->n_cells = n_cells;
+    if (!size_times(n, n_cells, &p->n_items))
+        must(app, no_memory(&app->e, "--sweep", SIZE_MAX));
+    p->values = ROOM(double, p->n_items);
+    p->have = ROOM(unsigned char, p->n_items);
+    p->unpatched = ROOM(double, 2 * n);
+}
+
+/* I/N of --shard: items first .. end - 1 of all. */
+static void shard_range(App *app, size_t items, size_t *first, size_t *end) {
+    size_t i = 1, n = 1;
+
+    if (app->shard != NULL) {
+        const size_t used = parse_digits(app->shard, strlen(app->shard), &i);
+        if (used == 0 || app->shard[used] != '/' || !parse_size(app->shard + used + 1, 0, &n) ||
+            i < 1 || i > n || n > 1000000)
+            stop(app, PATCH_E_USAGE, "--shard", "%.40s is no shard; give I/N with I from 1 to N",
+                 app->shard);
+    }
+    *first = items / n * (i - 1) + (items % n < i - 1 ? items % n : i - 1);
+    *end = *first + items / n + (i <= items % n);
+}
+
+/* Compute the items first .. end - 1 that the part does not have yet. */
+static void compute_items(App *app, const Sweeps *s, const Prompts *p, Part *part, size_t first,
+                          size_t end, patch_stats *stats) {
+    patch_cells_options o = {0};
+
+    o.metric = (patch_metric)app->metric;
+    o.noising = app->noising;
+    o.brute = app->brute;
+    o.unpatched = part->unpatched;
+    o.done = part_append;
+    o.ctx = part;
+    part->started = now();
+    for (size_t at = first; at < end; at++)
+        part->wanted += part->have[at] == 0;
+    for (size_t at = first, next; at < end; at = next) {
+        for (next = at; next < end && part->have[next] == part->have[at];)
+            next++;
+        o.first = at;
+        o.count = next - at;
+        if (!part->have[at])
+            must(app, patch_cells(app->model, p->examples, p->n, s->cells, s->n_cells, &o,
+                                  part->values, stats, &app->e));
+    }
+}
+
+/* The tables' values from those of all items. */
+static void fill_tables(App *app, const Sweeps *s, const Part *p, size_t n, Table *tables) {
+    const double clean = mean_of(p->unpatched, n, 2), corrupted = mean_of(p->unpatched + 1, n, 2);
+
+    for (size_t i = 0; i < s->n; i++) {
+        const size_t *slot = s->slot + s->start[i], n_cells = s->shape[i].n_cells;
+        const size_t rows = app->per_prompt ? n : 1;
+        double *v = ROOM(double, rows * n_cells);
+        Table *t = &tables[i];
+
+        t->values = v;
+        t->has_baseline = 1;
+        t->clean = clean;
+        t->corrupted = corrupted;
+        for (size_t k = 0; k < rows * n_cells; k++) {
+            const double *at = p->values + k / n_cells * p->n_cells + slot[k % n_cells];
+            v[k] = app->per_prompt ? *at : mean_of(at, n, p->n_cells);
+            if (app->normalize)
+                v[k] = (v[k] - (app->noising ? clean : corrupted)) / (clean - corrupted);
+        }
+    }
+    warn_no_difference(app, clean, corrupted);
 }
 
 /* What it cost, a JSON object. */
-static patch_status common_stats(App *app, const patch_stats *s, Common *c, patch_error *e) {
+static const char *json_stats(App *app, const patch_stats *s) {
     const struct {
         const char *name;
         double value;
@@ -8418,1616 +9401,185 @@ static patch_status common_stats(App *app, const patch_stats *s, Common *c, patc
                  {"seconds_rest", s->seconds_rest},
                  {"seconds_metric", s->seconds_metric},
                  {"peak_bytes", s->peak_bytes}};
-    char text[1000], number[NUMBER_ROOM], *kept = NULL;
-    size_t i, used = 0;
+    Text t = {0};
 
-    for (i = 0; i < sizeof stats / sizeof *stats; i++)
-        used += (size_t)snprintf(text + used, sizeof text - used, "%s\"%s\":%s", i ? ",\n" : "{",
-                                 stats[i].name, number_text(stats[i].value, number));
-    TRY(keep_text(app, &kept, e, "%s}", text));
-    c->table.json_stats = kept;
-    return PATCH_OK;
+    for (size_t i = 0; i < sizeof stats / sizeof *stats; i++)
+        add(app, &t, "%s\"%s\":%.9g", i ? ",\n" : "{", stats[i].name, stats[i].value);
+    add(app, &t, "}");
+    return t.bytes;
 }
 
-/* ---- 13.7 Commands: patch -------------------------------------------------------------------- */
+/* ---- 13.11 Commands: patch, merge, report --------------------------------------------------- */
 
-/* The sweeps of one call, each a list of cells. What several of them share (*_every sweeps consist
-   of others) is computed once. */
-typedef struct Sweeps {
-    patch_shape shape[MAX_SWEEPS];
-    size_t start[MAX_SWEEPS + 1]; /* where a sweep's cells begin among all */
-    size_t *slot;                 /* [all]: which distinct cell each of them is */
-    patch_cell *cells;            /* [n_cells], the distinct ones */
-    size_t n_cells;
-} Sweeps;
-
-typedef struct Numbered {
-    patch_cell cell;
-    size_t number;
-} Numbered;
-
-/* Equal cells side by side, the earliest first. */
-static int compare_cells(const void *a, const void *b) {
-    const Numbered *x = a, *y = b;
-    const int order = memcmp(&x->cell, &y->cell, sizeof x->cell); /* ints, no padding */
-
-    return order != 0 ? order : x->number < y->number ? -1 : x->number > y->number;
-}
-
-/* Of n cells keep the distinct ones, in their order. */
-static patch_status share_cells(App *app, Sweeps *s, size_t n, patch_error *e) {
-    Numbered *sorted;
-    size_t i;
-
-    KEEP(s->slot, n);
-    KEEP(sorted, n);
-    for (i = 0; i < n; i++) {
-        sorted[i].cell = s->cells[i];
-        sorted[i].number = i;
-    }
-    qsort(sorted, n, sizeof *sorted, compare_cells);
-    for (i = 0; i < n; i++) { /* first the number of the earliest equal cell ... */
-        const Numbered *x = &sorted[i];
-        const int same = i > 0 && memcmp(&x->cell, &x[-1].cell, sizeof x->cell) == 0;
-
-        s->slot[x->number] = same ? s->slot[x[-1].number] : x->number;
-    }
-    for (i = 0; i < n; i++) /* ... then its place among the distinct, none of which is behind i */
-        if (s->slot[i] < i) {
-            s->slot[i] = s->slot[s->slot[i]];
-        } else {
-            s->cells[s->n_cells] = s->cells[i];
-            s->slot[i] = s->n_cells++;
-        }
-    return PATCH_OK;
-}
-
-static patch_status plan_sweeps(App *app, Sweeps *s, int n_tokens, patch_error *e) {
-    size_t i;
-
-    for (i = 0; i < app->n_sweeps; i++) {
-        TRY(patch_sweep_cells(app->model, app->sweep[i], n_tokens, &s->shape[i], NULL, e));
-        s->start[i + 1] = s->start[i] + s->shape[i].n_cells;
-    }
-    KEEP(s->cells, s->start[i]);
-    for (i = 0; i < app->n_sweeps; i++)
-        TRY(patch_sweep_cells(app->model, app->sweep[i], n_tokens, &s->shape[i],
-                              s->cells + s->start[i], e));
-    return share_cells(app, s, s->start[i], e);
-}
-
-/* Kinds of an *_every sweep are called as their hook points; z is a head's output. */
-static patch_status label_kinds(App *app, const Sweeps *s, size_t sweep, Axis *axis,
-                                patch_error *e) {
-    const size_t stride = s->shape[sweep].n_cells / axis->size;
-    char name[64];
-    size_t i;
-
-    KEEP(axis->labels, axis->size);
-    for (i = 0; i < axis->size; i++) {
-        const patch_hook hook = s->cells[s->slot[s->start[sweep] + i * stride]].hook;
-
-        patch_hook_name(hook, 0, name, sizeof name);
-        TRY(keep_text(app, &axis->labels[i], e, "%s",
-                      hook == PATCH_Z ? "out" : strstr(name, "hook_") + 5));
-    }
-    return PATCH_OK;
-}
-
-/* ---- 13.8 Commands: attn, heads, lens, path, ablate ------------------------------------------ */
-
-/* One head as "9.6", or with `more` as "9.6.q"; returns the bytes it takes, 0: it is none. */
-static size_t parse_head(const App *app, const char *text, int more, patch_cell *c) {
-    const patch_dims *d = patch_model_dims(app->model);
-    const size_t n = strcspn(text, ",");
-    size_t layer, head, a = parse_digits(text, n, &layer), b;
-    const char *letter, letters[] = "qkv";
-
-    if (a == 0 || a >= n || text[a] != '.' ||
-        (b = parse_digits(text + a + 1, n - a - 1, &head)) == 0 || layer >= (size_t)d->n_layers ||
-        head >= (size_t)d->n_heads)
-        return 0;
-    memset(c, 0, sizeof *c);
-    c->layer = (int)layer;
-    c->head = (int)head;
-    c->pos = c->src = -1;
-    c->hook = PATCH_Z;
-    if (!more)
-        return a + 1 + b == n ? n : 0;
-    letter = a + 1 + b + 2 == n && text[a + 1 + b] == '.' ? strchr(letters, text[n - 1]) : NULL;
-    if (letter == NULL || *letter == 0)
-        return 0;
-    c->hook = (patch_hook)(PATCH_Q + (letter - letters));
-    return n;
-}
-
-/* Heads parted by commas, or `all` of them. */
-static patch_status parse_heads(App *app, const char *list, int more, const char *option,
-                                patch_cell **cells, size_t *n, patch_error *e) {
-    const patch_dims *d = patch_model_dims(app->model);
-    const size_t every = (size_t)d->n_layers * (size_t)d->n_heads;
-    size_t i, length;
-
-    *n = 0;
-    KEEP(*cells, strlen(list) + every);
-    for (i = 0; strcmp(list, "all") == 0 && i < every; i++, (*n)++) {
-        patch_cell *c = &(*cells)[i];
-
-        c->hook = PATCH_Z;
-        c->layer = (int)(i / (size_t)d->n_heads);
-        c->head = (int)(i % (size_t)d->n_heads);
-        c->pos = c->src = -1;
-    }
-    for (; *n == 0 || (*n < every && *list == ','); (*n)++, list += length) {
-        list += *list == ',';
-        if ((length = parse_head(app, list, more, &(*cells)[*n])) == 0)
-            return fail(e, PATCH_E_INPUT, option,
-                        "no head %.*s in %d layers of %d; give them as %s", (int)strcspn(list, ","),
-                        list, d->n_layers, d->n_heads, more ? "9.6.q,10.0.k" : "9.6,10.0");
-        if (strcmp(list, "all") == 0)
-            break;
-    }
-    return PATCH_OK;
-}
-
-/* An axis with labels of its own: "L9H6" for each cell, or the words of a list. */
-static patch_status label_axis(App *app, Table *t, const char *name, size_t size,
-                               const patch_cell *cells, const char *const *words, patch_error *e) {
-    Axis *axis = &t->axis[t->rank++];
-    size_t i;
-
-    axis->name = name;
-    axis->size = size;
-    KEEP(axis->labels, size);
-    for (i = 0; i < size; i++)
-        if (words != NULL)
-            TRY(keep_text(app, &axis->labels[i], e, "%s", words[i]));
-        else
-            TRY(keep_text(app, &axis->labels[i], e, "L%dH%d", cells[i].layer, cells[i].head));
-    return PATCH_OK;
-}
-
-/* Tables that are shown, where no file is named, and written. */
-static patch_status give_tables(App *app, const Table *tables, size_t n, patch_error *e) {
-    size_t i;
-
-    for (i = 0; app->outputs.n == 0 && i < n; i++)
-        write_screen(stdout, &tables[i], screen_of(app));
-    return write_outputs(app, tables, n, e);
-}
-
-/* Values [B, n] as they are, or their means over the examples. */
-static patch_status mean_values(App *app, const double *values, size_t B, size_t n,
-                                const double **out, patch_error *e) {
-    double *mean;
-    size_t i;
-
-    *out = values;
-    if (app->per_prompt)
-        return PATCH_OK;
-    KEEP(mean, n);
-    for (i = 0; i < n; i++)
-        mean[i] = mean_of(values + i, B, n);
-    *out = mean;
-    return PATCH_OK;
-}
-
-/* Patterns [B, heads, T, T] of the clean prompts. */
-static patch_status cmd_attn(App *app, patch_error *e) {
-    const size_t H = (size_t)patch_model_dims(app->model)->n_heads;
-    patch_cell *heads = NULL;
-    patch_read *reads;
-    patch_run *runs;
-    Common c;
-    Prompts p;
-    double *values;
-    size_t n, b, i, k, T;
-
-    TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN), 0, 1, &p, e));
-    TRY(parse_heads(app, app->heads, 0, "--heads", &heads, &n, e));
-    TRY(common_begin(app, &p, &c, e));
-    T = (size_t)p.examples[0].n_tokens;
-    KEEP(runs, p.n);
-    KEEP(reads, p.n * n);
-    KEEP(values, p.n * n * T * T);
-    for (b = 0; b < p.n; b++) {
-        runs[b].tokens = p.examples[b].clean;
-        runs[b].n_tokens = (int)T;
-        for (i = 0; i < n; i++) {
-            patch_read *r = &reads[b * n + i];
-
-            r->hook = PATCH_PATTERN;
-            r->layer = heads[i].layer;
-            r->run = (int)b;
-            r->pos = -1;
-            if (i > 0 && heads[i - 1].layer == r->layer) /* one read gives a layer's every head */
-                r->out = r[-1].out;
-            else
-                KEEP(r->out, H * T * T);
-        }
-    }
-    TRY(patch_execute(app->model, runs, p.n, reads, p.n * n, NULL, e));
-    for (i = 0; i < p.n * n; i++)
-        for (k = 0; k < T * T; k++)
-            values[i * T * T + k] = (double)reads[i].out[(size_t)heads[i % n].head * T * T + k];
-    c.table.name = "pattern";
-    c.table.metric = c.table.direction = NULL;
-    add_axis(&c.table, &c, "example", p.n);
-    TRY(label_axis(app, &c.table, "head", n, heads, NULL, e));
-    add_axis(&c.table, &c, "dest", T);
-    add_axis(&c.table, &c, "src", T);
-    c.table.values = values;
-    return give_tables(app, &c.table, 1, e);
-}
-
-/* Kinds of heads on the first prompt, or on random tokens said twice. */
-static patch_status cmd_heads(App *app, patch_error *e) {
-    static const char *const kinds[] = {"previous", "duplicate", "induction"};
-    const patch_dims *d = patch_model_dims(app->model);
-    const size_t L = (size_t)d->n_layers, H = (size_t)d->n_heads;
-    const int half = d->n_ctx < 51 ? (d->n_ctx - 1) / 2 : 25, bos = !app->no_bos && d->bos >= 0;
-    Table t = {0};
-    Common c = {0};
-    Prompts p;
-    int *repeated, i, n = 2 * half + bos;
-    const int *ids;
-    double *scores;
-    Random *r;
-
-    KEEP(scores, 3 * L * H);
-    if (app->operands.n > 0) {
-        TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN), 0, 0, &p, e));
-        ids = p.examples[0].clean;
-        n = p.examples[0].n_tokens;
-    } else {
-        KEEP(repeated, (size_t)n + 2);
-        KEEP(r, 1);
-        random_seed(r, (uint32_t)app->seed);
-        repeated[0] = bos ? d->bos : 0;
-        for (i = 0; i < half; i++)
-            repeated[bos + i] = repeated[bos + half + i] =
-                (int)(random_u32(r) % (uint32_t)d->d_vocab);
-        ids = repeated;
-        n = n > 0 ? n : 1;
-    }
-    TRY(patch_head_kinds(app->model, ids, n, scores, e));
-    t.command = t.name = "heads";
-    TRY(label_axis(app, &t, "kind", 3, NULL, kinds, e));
-    add_axis(&t, &c, "layer", L);
-    add_axis(&t, &c, "head", H);
-    t.values = scores;
-    return give_tables(app, &t, 1, e);
-}
-
-/* "0_pre", "0_mid", ..., "final_post"; "embed", "pos_embed", "0_attn_out", ...; "L0H0", ..., the
-   rest. */
-static patch_status lens_labels(App *app, int which, size_t n, char ***labels, patch_error *e) {
-    const size_t H = (size_t)patch_model_dims(app->model)->n_heads;
-    size_t i;
-
-    KEEP(*labels, n);
-    for (i = 0; i < n; i++) {
-        const unsigned long layer = (unsigned long)(which == 2   ? i / H
-                                                    : which == 1 ? (i - 2) / 2
-                                                                 : i / 2);
-        const char *last = which == 0 ? "final_post" : "remainder";
-
-        if (which == 1)
-            TRY(keep_text(app, *labels + i, e,
-                          i == 0   ? "embed"
-                          : i == 1 ? "pos_embed"
-                          : i % 2  ? "%lu_mlp_out"
-                                   : "%lu_attn_out",
-                          layer));
-        else if (i == n - 1)
-            TRY(keep_text(app, *labels + i, e, "%s", last));
-        else if (which == 0)
-            TRY(keep_text(app, *labels + i, e, i % 2 ? "%lu_mid" : "%lu_pre", layer));
-        else
-            TRY(keep_text(app, *labels + i, e, "L%luH%lu", layer, (unsigned long)(i % H)));
-    }
-    return PATCH_OK;
-}
-
-static patch_status cmd_lens(App *app, patch_error *e) {
-    static const char *const names[] = {"accumulated", "layers", "heads", "lens"};
-    const size_t L = (size_t)patch_model_dims(app->model)->n_layers;
-    const size_t H = (size_t)patch_model_dims(app->model)->n_heads;
-    const size_t sizes[] = {2 * L + 1, 2 * L + 2, L * H + 1, 2 * L + 1};
-    Table tables[4];
-    patch_lens lens;
-    char *more = NULL;
-    Common c;
-    Prompts p;
-    int i;
-
-    TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN) | NEEDS(ANSWER) | NEEDS(WRONG), 0, 0,
-                     &p, e));
-    KEEP(lens.accumulated, p.n * sizes[0]);
-    KEEP(lens.layers, p.n * sizes[1]);
-    KEEP(lens.heads, p.n * sizes[2]);
-    KEEP(lens.lens, p.n * sizes[3]);
-    KEEP(lens.bias, p.n);
-    KEEP(lens.logit_diff, p.n);
-    TRY(patch_logit_lens(app->model, p.examples, p.n, &lens, e));
-    TRY(common_begin(app, &p, &c, e));
-    TRY(keep_text(app, &more, e, "\"bias\":%.9g,\"ld\":%.9g", mean_of(lens.bias, p.n, 1),
-                  mean_of(lens.logit_diff, p.n, 1)));
-    for (i = 0; i < 4; i++) {
-        const double *all[] = {lens.accumulated, lens.layers, lens.heads, lens.lens};
-        Table *t = &tables[i];
-
-        *t = c.table;
-        t->name = names[i];
-        t->direction = NULL;
-        t->json_more = more;
-        if (app->per_prompt)
-            add_axis(t, &c, "example", p.n);
-        add_axis(t, &c, "part", sizes[i]);
-        TRY(lens_labels(app, i % 3, sizes[i], &t->axis[t->rank - 1].labels, e));
-        TRY(mean_values(app, all[i], p.n, sizes[i], &t->values, e));
-    }
-    if (app->outputs.n == 0)
-        printf("logit difference %.9g, of which b_U %.9g\n", mean_of(lens.logit_diff, p.n, 1),
-               mean_of(lens.bias, p.n, 1));
-    return give_tables(app, tables, 4, e);
-}
-
-/* With --normalize, that 0 / 0 is no number is told once. */
-static void warn_no_difference(const App *app, double clean, double corrupted) {
-    patch_error w;
-
-    if (!app->normalize || clean != corrupted)
-        return;
-    fail(&w, PATCH_OK, "--normalize",
-         "clean and corrupted mean are both %.9g, so values are nan or "
-         "infinite; choose other prompts or another metric",
-         clean);
-    print_message("warning: ", &w);
-}
-
-/* (v - zero) / (clean - corrupted) of n values, as `patch` has it. */
-static void normalize(const App *app, const Common *c, double *v, size_t n) {
-    const double zero = app->noising ? c->table.clean : c->table.corrupted;
-    size_t i;
-
-    warn_no_difference(app, c->table.clean, c->table.corrupted);
-    for (i = 0; app->normalize && i < n; i++)
-        v[i] = (v[i] - zero) / (c->table.clean - c->table.corrupted);
-}
-
-static patch_status cmd_path(App *app, patch_error *e) {
-    const patch_dims *d = patch_model_dims(app->model);
-    const size_t L = (size_t)d->n_layers, H = (size_t)d->n_heads;
-    patch_path_options o = {(patch_metric)app->metric, app->noising, app->freeze_mlps, NULL, 0};
-    patch_cell *receivers = NULL;
-    double *values, *unpatched;
-    Common c;
-    Prompts p;
-
-    TRY(prompts_read(app, app->operands.items[0],
-                     NEEDS(CLEAN) | NEEDS(CORRUPTED) | metric_needs(app->metric), 0, 1, &p, e));
-    if (app->to != NULL && strcmp(app->to, "final") != 0) {
-        TRY(parse_heads(app, app->to, 1, "--to", &receivers, &o.n_receivers, e));
-        o.receivers = receivers;
-    }
-    KEEP(values, p.n * L * H);
-    KEEP(unpatched, 2 * p.n);
-    TRY(patch_paths(app->model, p.examples, p.n, &o, values, unpatched, NULL, e));
-    TRY(common_begin(app, &p, &c, e));
-    c.table.has_baseline = 1;
-    c.table.clean = mean_of(unpatched, p.n, 2);
-    c.table.corrupted = mean_of(unpatched + 1, p.n, 2);
-    c.table.name = "path";
-    normalize(app, &c, values, p.n * L * H);
-    if (app->per_prompt)
-        add_axis(&c.table, &c, "example", p.n);
-    add_axis(&c.table, &c, "layer", L);
-    add_axis(&c.table, &c, "head", H);
-    TRY(mean_values(app, values, p.n, L * H, &c.table.values, e));
-    return give_tables(app, &c.table, 1, e);
-}
-
-/* Number the groups that a column names; without one there is a single group. */
-static patch_status ablation_groups(App *app, const Prompts *p, patch_ablation *o, patch_error *e) {
-    const Field *fields = p->tsv.fields;
-    size_t b, k;
-    int column, *groups;
-
-    o->n_groups = 1;
-    if (app->groups == NULL)
-        return PATCH_OK;
-    TRY(tsv_column(&p->tsv, app->groups, &column, e));
-    if (column < 0)
-        return fail(e, PATCH_E_INPUT, "--groups", "no column %.60s; name one of the file's",
-                    app->groups);
-    KEEP(groups, p->n);
-    for (b = 0, o->n_groups = 0; b < p->n; b++) {
-        const Field *mine = &fields[(b + 1) * p->tsv.n_columns + (size_t)column];
-
-        for (k = 0; k < b; k++) {
-            const Field *f = &fields[(k + 1) * p->tsv.n_columns + (size_t)column];
-
-            if (f->length == mine->length && memcmp(f->text, mine->text, f->length) == 0)
-                break;
-        }
-        groups[b] = k < b ? groups[k] : o->n_groups++;
-    }
-    o->groups = groups;
-    return PATCH_OK;
-}
-
-/* Another example for each, of a seeded random order. */
-static patch_status ablation_partners(App *app, size_t n, patch_ablation *o, patch_error *e) {
-    int *partner;
-    Random *r;
-    size_t b;
-
-    KEEP(partner, n);
-    KEEP(r, 1);
-    random_seed(r, o->seed);
-    for (b = 0; b < n; b++) /* one of the n - 1 others; alone, itself */
-        partner[b] = n < 2 ? 0 : (int)((b + 1 + random_u32(r) % (n - 1)) % n);
-    o->partner = partner;
-    return PATCH_OK;
-}
-
-/* Sets of heads, for circuits: --heads are ablated together, or with --keep everything else is. */
-static patch_status head_set(App *app, patch_cell **cells, size_t *n, patch_error *e) {
-    const patch_dims *d = patch_model_dims(app->model);
-    patch_cell *named = NULL, *all = NULL;
-    size_t n_named, n_all, i, k;
-
-    TRY(parse_heads(app, app->heads, 0, "--heads", &named, &n_named, e));
-    *cells = named;
-    *n = n_named;
-    if (!app->keep)
-        return PATCH_OK;
-    TRY(parse_heads(app, "all", 0, "--heads", &all, &n_all, e));
-    KEEP(*cells, (size_t)d->n_layers * (size_t)d->n_heads);
-    for (*n = i = 0; i < n_all; i++) {
-        for (k = 0; k < n_named && (named[k].layer != all[i].layer || named[k].head != all[i].head);
-             k++)
-            continue;
-        if (k == n_named)
-            (*cells)[(*n)++] = all[i];
-    }
-    return PATCH_OK;
-}
-
-static patch_status cmd_ablate(App *app, patch_error *e) {
-    patch_ablation o = {(patch_by)app->by, (patch_metric)app->metric, NULL, 1, NULL,
-                        app->noise,        (unsigned)app->seed};
-    patch_shape shape = {0};
-    patch_cell *cells = NULL;
-    double *values, *unpatched;
-    size_t *sets, n_sets, n = 0, i;
-    Common c;
-    Prompts p;
-    int k;
-
-    if ((app->site != NULL) == (app->heads != NULL))
-        return fail(e, PATCH_E_USAGE, "ablate",
-                    "it wants a site or heads; give --site SWEEP or --heads 9.6,10.0");
-    TRY(prompts_read(app, app->operands.items[0], NEEDS(CLEAN) | metric_needs(app->metric), 0, 1,
-                     &p, e));
-    if (app->site != NULL) {
-        TRY(patch_sweep_cells(app->model, app->site, p.examples[0].n_tokens, &shape, NULL, e));
-        KEEP(cells, shape.n_cells);
-        TRY(patch_sweep_cells(app->model, app->site, p.examples[0].n_tokens, &shape, cells, e));
-        n = shape.n_cells;
-    } else
-        TRY(head_set(app, &cells, &n, e));
-    n_sets = app->site ? n : 1;
-    KEEP(sets, n_sets + 1);
-    for (i = 0; i <= n_sets; i++)
-        sets[i] = app->site ? i : i * n;
-    KEEP(values, p.n * n_sets);
-    KEEP(unpatched, p.n);
-    TRY(ablation_groups(app, &p, &o, e));
-    TRY(ablation_partners(app, p.n, &o, e));
-    TRY(patch_ablate(app->model, p.examples, p.n, cells, sets, n_sets, &o, values, unpatched, NULL,
-                     e));
-    TRY(common_begin(app, &p, &c, e));
-    c.table.direction = NULL;
-    c.table.name = app->site ? app->site : "heads";
-    c.table.has_baseline = 1;
-    c.table.clean = mean_of(unpatched, p.n, 1);
-    c.table.corrupted = (double)NAN;
-    for (i = 0; app->normalize && i < p.n * n_sets; i++) /* minus the baseline */
-        values[i] -= app->per_prompt ? unpatched[i / n_sets] : c.table.clean;
-    if (app->per_prompt)
-        add_axis(&c.table, &c, "example", p.n);
-    for (k = 0; k < shape.rank; k++)
-        add_axis(&c.table, &c, shape.axes[k], shape.size[k]);
-    if (app->site == NULL)
-        add_axis(&c.table, &c, "part", 1);
-    TRY(mean_values(app, values, p.n, n_sets, &c.table.values, e));
-    return give_tables(app, &c.table, 1, e);
-}
-
-/* ---- 13.9 Command: trace --------------------------------------------------------------------- */
-
-enum { TRACE_KINDS = 3, TRACE_GROUPS = 6 };
-static const char *const TRACES[] = {"resid", "mlp", "attn"};
-static const char *const GROUPS[] = {"first_subject", "middle_subject", "last_subject",
-                                     "first_subsequent", "further", "last"};
-
-typedef struct TracedFact {
-    patch_fact fact;
-    size_t line;
-    int skipped;
-    double high, low, *cells; /* [3, T, L] */
-} TracedFact;
-
-typedef struct Facts {
-    Tsv tsv;
-    TracedFact *facts; /* [n] */
-    size_t n, skipped;
-    int *subject_ids; /* of all subjects, one behind the other */
-    size_t n_subject_ids;
-    int kinds;
-    double sigma;
-} Facts;
-
-/* Bytes of the first n tokens. */
-static size_t bytes_before(const App *app, const int *ids, size_t n) {
-    size_t i, length, sum = 0;
-
-    for (i = 0; i < n; i++) {
-        patch_token(app->model, ids[i], &length);
-        sum += length;
-    }
-    return sum;
-}
-
-/* The tokens that the subject's first match in the text lies in. */
-static patch_status find_subject(App *app, const Field *prompt, const Field *subject, patch_fact *f,
-                                 int bos, const char *place, patch_error *e) {
-    size_t at;
-
-    for (at = 0; at + subject->length <= prompt->length; at++)
-        if (memcmp(prompt->text + at, subject->text, subject->length) == 0)
-            break;
-    if (subject->length == 0 || at + subject->length > prompt->length)
-        return fail(e, PATCH_E_INPUT, place,
-                    "the subject does not stand in its prompt; correct one of them");
-    for (f->begin = bos; bytes_before(app, f->tokens + bos, (size_t)(f->begin + 1 - bos)) <= at;)
-        f->begin++;
-    for (f->end = f->begin + 1;
-         bytes_before(app, f->tokens + bos, (size_t)(f->end - bos)) < at + subject->length;)
-        f->end++;
-    return PATCH_OK;
-}
-
-/* The model's most likely token behind the prompt; a fact with another attribute is skipped. */
-static patch_status fact_answer(App *app, TracedFact *t, const Field *attribute, patch_error *e) {
-    const Scored *list = NULL;
-    const char *token;
-    size_t n, lead = 0;
-
-    TRY(final_logits(app, t->fact.tokens, (size_t)t->fact.n_tokens, &list, e));
-    t->fact.answer = list[0].id;
-    token = patch_token(app->model, list[0].id, &n);
-    while (lead < n && (token[lead] == ' ' || token[lead] == '\n' || token[lead] == '\t'))
-        lead++;
-    while (n > lead && (token[n - 1] == ' ' || token[n - 1] == '\n' || token[n - 1] == '\t'))
-        n--;
-    t->skipped =
-        attribute != NULL && attribute->length > 0 &&
-        (attribute->length != n - lead || memcmp(attribute->text, token + lead, n - lead) != 0);
-    return PATCH_OK;
-}
-
-static patch_status read_facts(App *app, Facts *f, patch_error *e) {
-    int prompt, subject, attribute, bos = app->bos && !app->no_bos;
-    char place[PLACE_ROOM];
-    size_t row, n;
-
-    TRY(tsv_read(app, &f->tsv, app->operands.items[0], e));
-    TRY(tsv_column(&f->tsv, "prompt", &prompt, e));
-    TRY(tsv_column(&f->tsv, "subject", &subject, e));
-    TRY(tsv_column(&f->tsv, "attribute", &attribute, e));
-    if (prompt < 0 || subject < 0)
-        return fail(e, PATCH_E_INPUT, f->tsv.path,
-                    "no column %s; the first line names prompt, subject and "
-                    "attribute",
-                    prompt < 0 ? "prompt" : "subject");
-    f->n = f->tsv.n_rows;
-    KEEP(f->facts, f->n);
-    for (row = 0; row < f->n; row++) {
-        const Field *fields = &f->tsv.fields[(row + 1) * f->tsv.n_columns];
-        TracedFact *t = &f->facts[row];
-        const int *ids = NULL, *subject_ids = NULL;
-        int *joined;
-
-        tsv_place(&f->tsv, row + 1, place);
-        t->line = f->tsv.lines[row + 1];
-        TRY(encode(app, fields[prompt].text, fields[prompt].length, bos, &ids, &n, e));
-        TRY(check_ids(app, ids, n, 0, "prompt", place, e));
-        t->fact.tokens = ids;
-        t->fact.n_tokens = (int)n;
-        TRY(find_subject(app, &fields[prompt], &fields[subject], &t->fact, bos, place, e));
-        TRY(encode(app, fields[subject].text, fields[subject].length, 0, &subject_ids, &n, e));
-        KEEP(joined, f->n_subject_ids + n);
-        if (f->n_subject_ids > 0)
-            memcpy(joined, f->subject_ids, f->n_subject_ids * sizeof *joined);
-        memcpy(joined + f->n_subject_ids, subject_ids, n * sizeof *joined);
-        pool_give(&app->pool, f->subject_ids);
-        f->subject_ids = joined;
-        f->n_subject_ids += n;
-        TRY(fact_answer(app, t, attribute < 0 ? NULL : &fields[attribute], e));
-        f->skipped += (size_t)t->skipped;
-    }
-    return PATCH_OK;
-}
-
-/* Is token i of a fact in a group? A token of a one-token subject is both first and last. */
-static int in_group(const patch_fact *f, int i, int group) {
-    switch (group) {
-    case 0: return i == f->begin;
-    case 1: return i > f->begin && i < f->end - 1;
-    case 2: return i == f->end - 1;
-    case 3: return i == f->end && i < f->n_tokens;
-    case 4: return i > f->end && i < f->n_tokens - 1;
-    default: return i == f->n_tokens - 1;
-    }
-}
-
-/* AIE: the mean over all facts' tokens of a group, less the mean low, and 1.96 standard errors. */
-static void group_average(const Facts *f, int kind, int group, size_t layer, size_t L, double *mean,
-                          double *band) {
-    double sum = 0, square = 0, low = 0, n = 0, facts = 0;
-    size_t k;
-    int i;
-
-    for (k = 0; k < f->n; k++) {
-        const TracedFact *t = &f->facts[k];
-        const size_t T = (size_t)t->fact.n_tokens;
-
-        if (t->skipped)
-            continue;
-        facts++;
-        low += t->low;
-        for (i = 0; i < t->fact.n_tokens; i++)
-            if (in_group(&t->fact, i, group)) {
-                const double v = t->cells[((size_t)kind * T + (size_t)i) * L + layer];
-
-                n++;
-                sum += v;
-                square += v * v;
-            }
-    }
-    *mean = n > 0 ? sum / n - low / facts : (double)NAN;
-    *band = n > 0 ? 1.96 * sqrt(fabs(square / n - sum / n * (sum / n))) / sqrt(facts) : (double)NAN;
-}
-
-static void json_numbers(FILE *f, const double *v, size_t n) {
-    size_t i;
-
-    for (i = 0; i < n; i++) {
-        fputs(i ? "," : "[", f);
-        json_number(f, v[i]);
-    }
-    fputc(']', f);
-}
-
-/* One fact's JSON. */
-static void json_fact(FILE *f, const App *app, const Facts *facts, const TracedFact *t, size_t L) {
-    const size_t T = (size_t)t->fact.n_tokens;
-    const char *text;
-    size_t i, n;
-    int kind, first = 1;
-
-    fprintf(f, "{\"line\":%lu,\"tokens\":", (unsigned long)t->line);
-    for (i = 0; i < T; i++) {
-        fputs(i ? "," : "[", f);
-        text = patch_token(app->model, t->fact.tokens[i], &n);
-        json_string(f, text, n);
-    }
-    fprintf(f, "],\"subject\":[%d,%d],\"answer\":", t->fact.begin, t->fact.end);
-    text = patch_token(app->model, t->fact.answer, &n);
-    json_string(f, text, n);
-    fputs(",\"high\":", f);
-    json_number(f, t->high);
-    fputs(",\"low\":", f);
-    json_number(f, t->low);
-    fputs(",\"kinds\":{", f);
-    for (kind = 0; kind < TRACE_KINDS; kind++) {
-        if (!(facts->kinds >> kind & 1))
-            continue;
-        fprintf(f, "%s\"%s\":[", first ? "" : ",", TRACES[kind]);
-        for (first = 0, i = 0; i < T; i++) {
-            fputs(i ? "," : "", f);
-            json_numbers(f, t->cells + ((size_t)kind * T + i) * L, L);
-        }
-        fputc(']', f);
-    }
-    fputs("}}", f);
-}
-
-static patch_status write_trace_json(const App *app, const Facts *facts, const char *path,
-                                     patch_error *e) {
-    const size_t L = (size_t)patch_model_dims(app->model)->n_layers;
-    int kind, group, which, first = 1;
-    OutFile o;
-    size_t k, l;
-
-    TRY(out_open(&o, path, e));
-    fprintf(o.f, "{\"command\":\"trace\",\"sigma\":%.17g,\"facts\":[", facts->sigma);
-    for (k = 0; k < facts->n; k++)
-        if (!facts->facts[k].skipped) {
-            fputs(first ? "\n" : ",\n", o.f);
-            first = 0;
-            json_fact(o.f, app, facts, &facts->facts[k], L);
-        }
-    fprintf(o.f, "],\n\"skipped\":%lu,\"averages\":{", (unsigned long)facts->skipped);
-    for (kind = 0, first = 1; kind < TRACE_KINDS; kind++) {
-        if (!(facts->kinds >> kind & 1))
-            continue;
-        fprintf(o.f, "%s\n\"%s\":{", first ? "" : ",", TRACES[kind]);
-        for (first = group = 0; group < TRACE_GROUPS; group++)
-            for (which = 0; which < 2; which++) {
-                if (which)
-                    fputs(",\"band\":[", o.f);
-                else
-                    fprintf(o.f, "%s\"%s\":{\"mean\":[", group ? "," : "", GROUPS[group]);
-                for (l = 0; l < L; l++) {
-                    double found[2];
-
-                    group_average(facts, kind, group, l, L, &found[0], &found[1]);
-                    fputs(l ? "," : "", o.f);
-                    json_number(o.f, found[which]);
-                }
-                fputs(which ? "]}" : "]", o.f);
-            }
-        fputc('}', o.f);
-    }
-    fputs("}}\n", o.f);
-    return out_close(&o, e);
-}
-
-/* A fact's table [kind, pos, layer], or the averages' [kind, group, layer]. */
-static patch_status trace_table(App *app, const Facts *f, const TracedFact *t, Table *table,
-                                patch_error *e) {
-    const size_t L = (size_t)patch_model_dims(app->model)->n_layers;
-    const size_t rows = t ? (size_t)t->fact.n_tokens : TRACE_GROUPS;
-    const char *words[TRACE_KINDS];
-    size_t n = 0, i, l, length;
-    double *values, band;
-    int kind;
-
-    KEEP(values, TRACE_KINDS * rows * L);
-    memset(table, 0, sizeof *table);
-    table->command = "trace";
-    table->name = t ? "trace" : "averages";
-    table->metric = METRICS[PATCH_PROB];
-    table->values = values;
-    table->range = app->range;
-    for (kind = 0; kind < TRACE_KINDS; kind++) {
-        if (!(f->kinds >> kind & 1))
-            continue;
-        for (i = 0; i < rows; i++)
-            for (l = 0; l < L; l++)
-                if (t != NULL)
-                    values[(n * rows + i) * L + l] = t->cells[((size_t)kind * rows + i) * L + l];
-                else
-                    group_average(f, kind, (int)i, l, L, &values[(n * rows + i) * L + l], &band);
-        words[n++] = TRACES[kind];
-    }
-    TRY(label_axis(app, table, "kind", n, NULL, words, e));
-    if (t == NULL)
-        TRY(label_axis(app, table, "group", TRACE_GROUPS, NULL, GROUPS, e));
-    else {
-        Axis *axis = &table->axis[table->rank++];
-
-        axis->name = "pos";
-        axis->size = rows;
-        KEEP(axis->labels, rows);
-        for (i = 0; i < rows; i++) {
-            const char *token = patch_token(app->model, t->fact.tokens[i], &length);
-
-            TRY(keep_text(app, &axis->labels[i], e, "%.*s%s", (int)length, token,
-                          (int)i >= t->fact.begin && (int)i < t->fact.end ? "*" : ""));
-        }
-        table->has_baseline = 1;
-        table->clean = t->high;
-        table->corrupted = t->low;
-    }
-    table->axis[table->rank].name = "layer";
-    table->axis[table->rank++].size = L;
-    return PATCH_OK;
-}
-
-/* --kind resid,mlp,attn as bits. */
-static patch_status trace_kinds(const App *app, int *kinds, patch_error *e) {
-    const char *list = app->kind ? app->kind : "resid,mlp,attn";
-    int k;
-
-    for (*kinds = 0; *list != 0; list += *list == ',') {
-        const size_t n = strcspn(list, ",");
-
-        for (k = 0; k < TRACE_KINDS && (strlen(TRACES[k]) != n || memcmp(TRACES[k], list, n) != 0);
-             k++)
-            continue;
-        if (k == TRACE_KINDS)
-            return fail(e, PATCH_E_USAGE, "--kind", "unknown kind %.*s; choose resid, mlp or attn",
-                        (int)n, list);
-        *kinds |= 1 << k;
-        list += n;
-    }
-    return PATCH_OK;
-}
-
-static patch_status cmd_trace(App *app, patch_error *e) {
-    const size_t L = (size_t)patch_model_dims(app->model)->n_layers;
-    patch_trace_options o = {app->samples, app->window, app->severed, 0, 0, PATCH_PROB};
-    Facts f = {0};
-    Table table;
-    size_t i, known = 0, last = 0;
-
-    TRY(trace_kinds(app, &f.kinds, e));
-    TRY(read_facts(app, &f, e));
-    TRY(patch_trace_sigma(app->model, f.subject_ids, f.n_subject_ids, app->noise, &o.sigma, e));
-    o.kinds = f.kinds;
-    f.sigma = o.sigma;
-    for (i = 0; i < f.n; i++) {
-        TracedFact *t = &f.facts[i];
-
-        if (t->skipped)
-            continue;
-        KEEP(t->cells, TRACE_KINDS * (size_t)t->fact.n_tokens * L);
-        TRY(patch_trace(app->model, &t->fact, &o, &t->high, &t->low, t->cells, NULL, e));
-        known++;
-        last = i;
-        if (is_terminal(2) && f.n > 1)
-            fprintf(stderr, i + 1 < f.n ? "\r%lu of %lu facts\x1b[K" : "\r\x1b[K",
-                    (unsigned long)(i + 1), (unsigned long)f.n);
-    }
-    if (known == 0)
-        return fail(e, PATCH_E_INPUT, f.tsv.path,
-                    "the model knows none of the %lu facts; leave their "
-                    "attribute empty or give others",
-                    (unsigned long)f.n);
-    TRY(trace_table(app, &f, f.n == 1 ? &f.facts[last] : NULL, &table, e));
-    for (i = 0; i < app->outputs.n; i++) {
-        const char *path = app->outputs.items[i], *dot = strrchr(path, '.');
-
-        if (dot != NULL && strcmp(dot, ".json") == 0)
-            TRY(write_trace_json(app, &f, path, e));
-        else if (dot != NULL && strcmp(dot, ".npy") == 0 && f.n > 1)
-            return fail(e, PATCH_E_INPUT, path, ".npy holds one fact, not %lu; write .json",
-                        (unsigned long)f.n);
-        else
-            TRY(write_tables(path, app->command->formats, &table, 1, e));
-    }
-    if (app->outputs.n == 0)
-        write_screen(stdout, &table, screen_of(app));
-    return PATCH_OK;
-}
-
-/* ---- 13.10 Pages: -o FILE.html ------------------------------------------------------- */
-
-enum { PAGE_PROMPTS = 8, PAGE_HEADS = 144 }; /* at most so many in a page's attention viewer */
-
-/* Patterns of the first clean prompts and of these heads, for the viewer. */
-static patch_status take_attention(App *app, const Prompts *p, const patch_cell *heads, size_t n,
-                                   Page *page, patch_error *e) {
-    const size_t H = (size_t)patch_model_dims(app->model)->n_heads,
-                 T = (size_t)p->examples[0].n_tokens;
-    const size_t B = p->n < PAGE_PROMPTS ? p->n : PAGE_PROMPTS;
-    float *attention, *layer_rows;
-    const char **tokens;
-    char **names;
-    size_t *bytes, b, i, k;
-
-    KEEP(attention, B * n * T * T);
-    KEEP(layer_rows, H * T * T);
-    KEEP(tokens, B * T);
-    KEEP(bytes, B * T);
-    KEEP(names, n);
-    for (i = 0; i < n; i++)
-        TRY(keep_text(app, &names[i], e, "L%dH%d", heads[i].layer, heads[i].head));
-    for (b = 0; b < B; b++) {
-        const patch_run run = {p->examples[b].clean, (int)T, NULL, 0};
-
-        for (i = 0; i < n; i++) {
-            patch_read read = {PATCH_PATTERN, heads[i].layer, 0, -1, layer_rows, 0};
-
-            if (i == 0 || heads[i].layer != heads[i - 1].layer)
-                TRY(patch_execute(app->model, &run, 1, &read, 1, NULL, e));
-            memcpy(attention + (b * n + i) * T * T, layer_rows + (size_t)heads[i].head * T * T,
-                   T * T * sizeof *attention);
-        }
-        for (k = 0; k < T; k++) {
-            tokens[b * T + k] = patch_token(app->model, p->examples[b].clean[k], &bytes[b * T + k]);
-            if (tokens[b * T + k] == NULL)
-                tokens[b * T + k] = "";
-        }
-    }
-    page->n_attention = B;
-    page->n_heads = n;
-    page->n_tokens = T;
-    page->attention = attention;
-    page->head_names = (const char *const *)names;
-    page->tokens = tokens;
-    page->token_bytes = bytes;
-    return PATCH_OK;
-}
-
-/* One page: settings, every prompt's logit difference, tables, attention. */
-static patch_status write_page(App *app, const Prompts *p, const char *title, const Table *tables,
-                               size_t n, const char *path, patch_error *e) {
-    const size_t every = (size_t)patch_model_dims(app->model)->n_layers *
-                         (size_t)patch_model_dims(app->model)->n_heads;
-    patch_cell *heads = NULL;
-    Page page = {0};
-    double *differences;
-    char **prompts;
-    OutFile o;
-    size_t i, k, n_heads;
-
-    KEEP(differences, 2 * p->n);
-    KEEP(prompts, p->n);
-    if (p->column[WRONG] >= 0 && p->column[ANSWER] >= 0) {
-        TRY(patch_measure(app->model, p->examples, p->n, PATCH_LOGIT_DIFF, differences, NULL, e));
-        page.n_examples = p->n;
-        page.has_corrupted = p->column[CORRUPTED] >= 0;
-        page.differences = differences;
-    }
-    for (i = 0; i < p->n; i++) {
-        size_t used = 0, room = 1, length;
-
-        for (k = 0; k < (size_t)p->examples[i].n_tokens; k++) {
-            patch_token(app->model, p->examples[i].clean[k], &length);
-            room += length;
-        }
-        KEEP(prompts[i], room);
-        for (k = 0; k < (size_t)p->examples[i].n_tokens; k++) {
-            const char *token = patch_token(app->model, p->examples[i].clean[k], &length);
-            size_t j;
-
-            for (j = 0; j < length; j++) /* a NUL would end the text */
-                prompts[i][used++] = token[j] ? token[j] : '?';
-        }
-    }
-    page.prompts = (const char *const *)prompts;
-    page.title = title;
-    page.json_settings = n > 0 ? tables[0].json_settings : NULL;
-    page.tables = tables;
-    page.n_tables = n;
-    TRY(parse_heads(app, "all", 0, "heads", &heads, &n_heads, e));
-    TRY(take_attention(app, p, heads, every < PAGE_HEADS ? every : PAGE_HEADS, &page, e));
-    TRY(out_open(&o, path, e));
-    write_html(o.f, &page);
-    return out_close(&o, e);
-}
-
-static int is_page(const char *path) {
-    const char *dot = strrchr(path, '.');
-
-    return dot != NULL && strcmp(dot, ".html") == 0;
-}
-
-/* As give_tables, where the prompts are at hand: pages then have their attention too. */
-static patch_status give_page_or_tables(App *app, const Prompts *p, const Table *tables, size_t n,
-                                        patch_error *e) {
-    size_t i;
-
-    for (i = 0; i < app->outputs.n; i++)
-        if (is_page(app->outputs.items[i]))
-            TRY(write_page(app, p, "Activation patching", tables, n, app->outputs.items[i], e));
-        else
-            TRY(write_tables(app->outputs.items[i], app->command->formats, tables, n, e));
-    for (i = 0; app->outputs.n == 0 && i < n; i++)
-        write_screen(stdout, &tables[i], screen_of(app));
-    return PATCH_OK;
-}
-
-/* ---- 13.11 Part files of sweeps: resuming, shards, merge --------------------------------------
-   The head of a part file holds, in lines, all that a sweep's values depend on, and behind an empty
-   line the tables without their values, so that `merge` needs neither model nor prompts. */
-
-/* A string that grows; once memory is out, `failed` is set and nothing more happens. */
-typedef struct Text {
-    char *bytes;
-    size_t length, room;
-    int failed;
-} Text;
-
-static void text_free(Text *t) {
-    give(&HEAP, t->bytes);
-    memset(t, 0, sizeof *t);
-}
-
-static void text_add(Text *t, const char *format, ...) {
-    va_list values;
-    size_t n;
-    char *larger;
-
-    va_start(values, format);
-    n = (size_t)vsnprintf(NULL, 0, format, values);
-    va_end(values);
-    if (!t->failed && t->length + n + 1 > t->room) {
-        larger = take(&HEAP, 2 * (t->length + n + 1), 1);
-        t->failed = larger == NULL;
-        if (larger != NULL && t->length > 0)
-            memcpy(larger, t->bytes, t->length);
-        if (larger != NULL) {
-            give(&HEAP, t->bytes);
-            t->bytes = larger;
-            t->room = 2 * (t->length + n + 1);
-        }
-    }
-    if (t->failed)
-        return;
-    va_start(values, format);
-    vsnprintf(t->bytes + t->length, t->room - t->length, format, values);
-    va_end(values);
-    t->length += n;
-}
-
-/* What a part's tables are made from: the shape of the work and the tables, values NULL. */
-typedef struct Skeleton {
-    size_t n, n_cells, n_tables;  /* examples, distinct cells */
-    int per_prompt, normalize, noising;
-    Table *tables;                /* [n_tables] */
-    const size_t **slots;         /* [n_tables]: which cell each of a table's is */
-} Skeleton;
-
-/* Texts as "length:bytes,", numbers as "number,": netstrings, more or less. NULL is "-,". */
-static void put_string(Text *t, const char *s) {
-    if (s == NULL)
-        text_add(t, "-,");
-    else
-        text_add(t, "%lu:%s,", (unsigned long)strlen(s), s);
-}
-
-static void put_count(Text *t, size_t n) {
-    text_add(t, "%lu,", (unsigned long)n);
-}
-
-static void put_table(Text *text, const Table *t, const size_t *slots) {
-    const char *strings[] = {t->command, t->name, t->metric, t->direction, t->json_tokens,
-                             t->json_settings, t->model};
-    size_t i, n = 1;
-    int k;
-
-    for (i = 0; i < sizeof strings / sizeof *strings; i++)
-        put_string(text, strings[i]);
-    put_count(text, (size_t)t->rank);
-    for (k = 0; k < t->rank; k++) {
-        put_string(text, t->axis[k].name);
-        put_count(text, t->axis[k].size);
-        put_count(text, t->axis[k].labels != NULL);
-        for (i = 0; t->axis[k].labels != NULL && i < t->axis[k].size; i++)
-            put_string(text, t->axis[k].labels[i]);
-        n *= axis_is(&t->axis[k], "example") ? 1 : t->axis[k].size;
-    }
-    put_count(text, t->n_tokens);
-    for (i = 0; i < t->n_tokens; i++) { /* tokens are any bytes: in hexadecimal */
-        size_t j;
-
-        for (j = 0; j < t->token_bytes[i]; j++)
-            text_add(text, "%02x", (unsigned)(unsigned char)t->tokens[i][j]);
-        text_add(text, ",");
-    }
-    put_count(text, n);
-    for (i = 0; i < n; i++)
-        put_count(text, slots[i]);
-}
-
-/* Reads what the functions above wrote; after a fault everything is empty and `bad` is set. */
-typedef struct Reader {
-    App *app;
-    const char *at, *end;
-    int bad;
-} Reader;
-
-static size_t get_count(Reader *r, size_t most) {
-    size_t n = 0;
-    const size_t used = parse_digits(r->at, (size_t)(r->end - r->at), &n);
-
-    if (r->bad || used == 0 || r->at + used >= r->end ||
-        (r->at[used] != ',' && r->at[used] != ':') || n > most) {
-        r->bad = 1;
-        return 0;
-    }
-    r->at += used + 1;
-    return n;
-}
-
-static char *get_string(Reader *r) {
-    size_t n;
-    char *s;
-
-    if (r->end - r->at >= 2 && r->at[0] == '-' && r->at[1] == ',') {
-        r->at += 2;
-        return NULL;
-    }
-    n = get_count(r, (size_t)(r->end - r->at));
-    if (r->bad || n >= (size_t)(r->end - r->at) ||
-        (s = pool_take(&r->app->pool, n + 1, 1)) == NULL) {
-        r->bad = 1;
-        return NULL;
-    }
-    memcpy(s, r->at, n);
-    r->at += n + 1;
-    return s;
-}
-
-static int hex_digit(char c) {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
-}
-
-/* One token: bytes up to a comma. */
-static const char *get_token(Reader *r, size_t *n) {
-    const char *comma = memchr(r->at, ',', (size_t)(r->end - r->at));
-    size_t i;
-    char *s = NULL;
-
-    *n = comma == NULL ? 0 : (size_t)(comma - r->at) / 2;
-    if (comma == NULL || (s = pool_take(&r->app->pool, *n + 1, 1)) == NULL) {
-        r->bad = 1;
-        return "";
-    }
-    for (i = 0; i < *n; i++)
-        s[i] = (char)(hex_digit(r->at[2 * i]) * 16 + hex_digit(r->at[2 * i + 1]));
-    r->at = comma + 1;
-    return s;
-}
-
-static void get_table(Reader *r, Table *t, const size_t **slots, size_t n_cells) {
-    const size_t left = (size_t)(r->end - r->at);
-    const char **strings[] = {&t->command, &t->name, &t->metric, &t->direction, &t->json_tokens,
-                              &t->json_settings, &t->model};
-    size_t i, n = 1, *slot;
-    int k, rank;
-
-    for (i = 0; i < sizeof strings / sizeof *strings; i++)
-        *strings[i] = get_string(r);
-    rank = (int)get_count(r, 6);
-    for (k = 0; k < rank && !r->bad; k++) {
-        Axis *axis = &t->axis[k];
-
-        axis->name = get_string(r);
-        axis->size = get_count(r, left);
-        if (axis->name == NULL)
-            r->bad = 1;
-        else if (get_count(r, 1)) {
-            axis->labels = pool_take(&r->app->pool, axis->size, sizeof *axis->labels);
-            for (i = 0; axis->labels != NULL && i < axis->size && !r->bad; i++)
-                if ((axis->labels[i] = get_string(r)) == NULL)
-                    r->bad = 1;
-            r->bad |= axis->labels == NULL;
-        }
-        if (!r->bad && !axis_is(axis, "example") && !size_times(n, axis->size, &n))
-            r->bad = 1;
-    }
-    t->rank = rank;
-    t->n_tokens = get_count(r, left);
-    t->tokens = pool_take(&r->app->pool, t->n_tokens, sizeof *t->tokens);
-    t->token_bytes = pool_take(&r->app->pool, t->n_tokens, sizeof *t->token_bytes);
-    r->bad |= t->tokens == NULL || t->token_bytes == NULL;
-    for (i = 0; i < t->n_tokens && !r->bad; i++)
-        ((const char **)(uintptr_t)t->tokens)[i] =
-            get_token(r, &((size_t *)(uintptr_t)t->token_bytes)[i]);
-    r->bad |= get_count(r, left) != n || n > left;
-    slot = r->bad ? NULL : pool_take(&r->app->pool, n, sizeof *slot);
-    for (i = 0; slot != NULL && i < n; i++)
-        slot[i] = get_count(r, n_cells - 1);
-    r->bad |= slot == NULL;
-    *slots = slot;
-}
-
-/* The tables' values from all items' and the unpatched ones. */
-static patch_status fill_tables(App *app, Skeleton *k, const double *values,
-                                const double *unpatched, patch_error *e) {
-    const double clean = mean_of(unpatched, k->n, 2), corrupted = mean_of(unpatched + 1, k->n, 2);
-    const double zero = k->noising ? clean : corrupted;
-    size_t i, b, c;
-
-    for (i = 0; i < k->n_tables; i++) {
-        Table *t = &k->tables[i];
-        const size_t rows = k->per_prompt ? k->n : 1, n = table_size(t) / rows;
-        double *v;
-
-        KEEP(v, rows * n);
-        t->values = v;
-        t->normalized = k->normalize;
-        t->has_baseline = 1;
-        t->clean = clean;
-        t->corrupted = corrupted;
-        t->range = app->range;
-        for (b = 0; b < rows; b++)
-            for (c = 0; c < n; c++, v++) {
-                *v = k->per_prompt ? values[b * k->n_cells + k->slots[i][c]]
-                                   : mean_of(values + k->slots[i][c], k->n, k->n_cells);
-                if (k->normalize)
-                    *v = (*v - zero) / (clean - corrupted);
-            }
-    }
-    return PATCH_OK;
-}
-
-/* The head of a part file: settings by line, then the skeleton. */
-static patch_status part_head(App *app, const Skeleton *k, const Prompts *p, const char *shard,
-                              Text *text, patch_error *e) {
-    const ModelFile *f = &app->model->file;
-    Sha256 h;
-    char prompts[65], model[65], length[11];
-    size_t i;
-
-    sha256_begin(&h);
-    for (i = 0; i < p->n; i++) {
-        const patch_example *x = &p->examples[i];
-        const int numbers[] = {x->n_tokens, x->answer, x->wrong};
-
-        sha256_add(&h, numbers, sizeof numbers);
-        sha256_add(&h, x->clean, (size_t)x->n_tokens * sizeof(int));
-        sha256_add(&h, x->corrupted, (size_t)x->n_tokens * sizeof(int));
-    }
-    sha256_end(&h, prompts);
-    sha256_begin(&h);
-    sha256_add(&h, f->front,
-               f->tokenizer_at + f->tokenizer_bytes); /* holds every tensor's checksum */
-    sha256_end(&h, model);
-    text_add(text,
-             "actpatch part 1\nhead: 0000000000\nshard: %s\nsweeps: %s\nmetric: %s\nnoising: %d\n"
-             "normalize: %d\nper-prompt: %d\nsettings: %s\nkernels: %s\nmodel: %s\nprompts: %s\n"
-             "examples: %lu\ncells: %lu\ntables: %lu\n\n",
-             shard, app->sweeps, METRICS[app->metric], k->noising, k->normalize, k->per_prompt,
-             k->tables[0].json_settings, patch_model_dims(app->model)->kernels, model, prompts,
-             (unsigned long)k->n, (unsigned long)k->n_cells, (unsigned long)k->n_tables);
-    for (i = 0; i < k->n_tables; i++)
-        put_table(text, &k->tables[i], k->slots[i]);
-    snprintf(length, sizeof length, "%010lu", (unsigned long)text->length);
-    if (!text->failed)
-        memcpy(text->bytes + PART_LENGTH, length, 10);
-    return text->failed ? no_memory(e, "part", text->length) : PATCH_OK;
-}
-
-/* I/N of --shard: items first .. end - 1 of all. */
-static patch_status shard_range(const App *app, size_t items, size_t *first, size_t *end,
-                                patch_error *e) {
-    size_t i = 1, n = 1, used;
-
-    if (app->shard != NULL) {
-        used = parse_digits(app->shard, strlen(app->shard), &i);
-        if (used == 0 || app->shard[used] != '/' || !parse_size(app->shard + used + 1, 0, &n) ||
-            i < 1 || i > n || n > 1000000)
-            return fail(e, PATCH_E_USAGE, "--shard",
-                        "%.40s is no shard; give I/N with I from 1 to N", app->shard);
-    }
-    *first = items / n * (i - 1) + (items % n < i - 1 ? items % n : i - 1);
-    *end = *first + items / n + (i <= items % n);
-    return PATCH_OK;
-}
-
-/* What is told while a sweep goes on: to the part file, and to who waits. */
-typedef struct Progress {
-    Part *part; /* NULL: none */
-    size_t done, all;
-    double started;
-} Progress;
-
-/* patch_cells_options.done: append to the part file; after a second show cells, rate and time left.
-   */
-static patch_status sweep_progress(void *ctx, size_t first, size_t n, const double *values,
-                                   patch_error *e) {
-    Progress *p = ctx;
-    const double seconds = now() - p->started;
-
-    p->done += n;
-    if (is_terminal(2) && seconds > 1)
-        fprintf(stderr,
-                p->done < p->all ? "\r%lu of %lu cells, %.0f a second, %.0f s left\x1b[K"
-                                 : "\r\x1b[K",
-                (unsigned long)p->done, (unsigned long)p->all, (double)p->done / seconds,
-                (double)(p->all - p->done) * seconds / (double)p->done);
-    return p->part ? part_append(p->part, first, n, values, e) : PATCH_OK;
-}
-
-/* Compute the items first .. end - 1 that the part does not have yet. */
-static patch_status compute_items(App *app, Sweeps *s, const Prompts *p, Part *part, int with_file,
-                                  size_t first, size_t end, patch_stats *stats, patch_error *e) {
-    patch_cells_options o = {0};
-    Progress progress;
-    size_t at, next;
-
-    o.metric = (patch_metric)app->metric;
-    o.noising = app->noising;
-    o.brute = app->brute;
-    o.unpatched = part->unpatched;
-    o.done = sweep_progress;
-    o.ctx = &progress;
-    progress.part = with_file ? part : NULL;
-    progress.done = 0;
-    progress.all = 0;
-    progress.started = now();
-    for (at = first; at < end; at++)
-        progress.all += part->have[at] == 0;
-    for (at = first; at < end; at = next) {
-        for (next = at; next < end && part->have[next] == part->have[at]; next++)
-            continue;
-        o.first = at;
-        o.count = next - at;
-        if (!part->have[at])
-            TRY(patch_cells(app->model, p->examples, p->n, s->cells, s->n_cells, &o, part->values,
-                            stats, e));
-    }
-    return PATCH_OK;
-}
-
-/* The tables of the sweeps without their values. */
-static patch_status sweep_skeleton(App *app, const Sweeps *s, const Prompts *p, const Common *c,
-                                   Skeleton *k, patch_error *e) {
-    size_t i;
-    int a;
-
-    k->n = p->n;
-    k->n_cells = s->n_cells;
-    k->n_tables = app->n_sweeps;
-    k->per_prompt = app->per_prompt;
-    k->normalize = app->normalize;
-    k->noising = app->noising;
-    KEEP(k->tables, k->n_tables);
-    KEEP(k->slots, k->n_tables);
-    for (i = 0; i < k->n_tables; i++) {
-        Table *t = &k->tables[i];
-
-        *t = c->table;
-        t->name = app->sweep[i];
-        k->slots[i] = s->slot + s->start[i];
-        if (app->per_prompt)
-            add_axis(t, c, "example", p->n);
-        for (a = 0; a < s->shape[i].rank; a++) {
-            Axis *axis = add_axis(t, c, s->shape[i].axes[a], s->shape[i].size[a]);
-
-            if (axis_is(axis, "kind"))
-                TRY(label_kinds(app, s, i, axis, e));
-        }
-    }
-    return PATCH_OK;
-}
-
-static patch_status cmd_patch(App *app, patch_error *e) {
+static void cmd_patch(App *app) {
     const char *out = app->outputs.n > 0 ? app->outputs.items[0] : "-";
     const int with_file = strcmp(out, "-") != 0 && !app->brute;
-    Sweeps s = {0};
-    Skeleton k = {0};
     patch_stats stats = {0};
+    size_t first = 0, end = 0;
+    Sweeps s = {0};
     Part part = {0};
-    Text head = {0};
     Common c;
-    Prompts p;
-    char *path = NULL;
-    size_t i, first = 0, end = 0;
-    patch_status status;
 
+    choose_sweeps(app, app->sweeps, &s);
     if (app->shard != NULL && (!with_file || app->stats))
-        return fail(e, PATCH_E_USAGE, "--shard",
-                    "a shard goes into FILE.part, without --stats or --brute; give -o FILE");
-    TRY(prompts_read(app, app->operands.items[0],
-                     NEEDS(CLEAN) | NEEDS(CORRUPTED) | metric_needs(app->metric), 0, 1, &p, e));
-    TRY(plan_sweeps(app, &s, p.examples[0].n_tokens, e));
-    TRY(common_begin(app, &p, &c, e));
-    TRY(sweep_skeleton(app, &s, &p, &c, &k, e));
-    if (!size_times(p.n, s.n_cells, &part.n_items))
-        return no_memory(e, "--sweep", SIZE_MAX);
-    KEEP(part.values, part.n_items);
-    KEEP(part.have, part.n_items);
-    KEEP(part.unpatched, 2 * p.n);
-    TRY(shard_range(app, part.n_items, &first, &end, e));
+        stop(app, PATCH_E_USAGE, "--shard",
+             "a shard goes into FILE.part, without --stats or --brute; give -o FILE");
+    const Prompts p = prompts_read(
+        app, NEEDS(CLEAN) | NEEDS(CORRUPTED) | metric_needs(app->metric), 0, 1);
+    plan_sweeps(app, app->model, p.n_tokens, &s);
+    part_room(app, &part, p.n, s.n_cells);
+    shard_range(app, part.n_items, &first, &end);
+    common_begin(app, &p, &c);
     if (with_file) {
-        TRY(keep_text(app, &path, e, "%s.part", out));
-        part.path = path;
-        part.per_example = s.n_cells;
-        part.bases = 2;
-        status = part_head(app, &k, &p, app->shard ? app->shard : "1/1", &head, e);
-        part.head = head.bytes;
-        part.n_head = head.length;
-        if (status == PATCH_OK)
-            status = part_open(&part, e);
-        text_free(&head);
-        TRY(status);
+        part.path = text_of(app, "%s.part", out);
+        part_head(app, &part, &c, &p);
+        part_open(app, &part);
     }
-    status = compute_items(app, &s, &p, &part, with_file, first, end, &stats, e);
-    if (status != PATCH_OK || app->shard != NULL) {
-        for (i = 0; i < part.n_items && !part.have[i]; i++)
-            continue;
-        part_close(&part,
-                   with_file && status != PATCH_OK && i == part.n_items); /* nothing is lost */
-        return status;
+    compute_items(app, &s, &p, &part, first, end, &stats);
+    if (app->shard == NULL) {
+        if (app->stats)
+            c.table.json_stats = json_stats(app, &stats);
+        Table *tables = sweep_tables(app, &s, &c, p.n);
+        fill_tables(app, &s, &part, p.n, tables);
+        give_tables(app, &p, tables, s.n);
+        if (app->stats)
+            fprintf(stderr, "%s\n", c.table.json_stats);
     }
-    if (app->stats) {
-        TRY(common_stats(app, &stats, &c, e));
-        for (i = 0; i < k.n_tables; i++)
-            k.tables[i].json_stats = c.table.json_stats;
-    }
-    TRY(fill_tables(app, &k, part.values, part.unpatched, e));
-    warn_no_difference(app, k.tables[0].clean, k.tables[0].corrupted);
-    status = give_page_or_tables(app, &p, k.tables, k.n_tables, e);
-    part_close(&part, with_file && status == PATCH_OK);
-    if (app->stats && status == PATCH_OK)
-        fprintf(stderr, "%s\n", c.table.json_stats);
-    return status;
+    part_close(&part, app->shard == NULL);
+    app->part = NULL;
 }
 
-/* A value of the head, behind "key: "; "" where there is none. */
-static size_t head_count(const char *head, const char *key) {
-    const char *at = strstr(head, key);
+/* The text behind "\nkey: " in a head, up to the end of its line; "" where there is none. */
+static char *head_text(App *app, const char *head, const char *key) {
+    const char *mark = text_of(app, "\n%s: ", key), *at = strstr(head, mark);
+
+    at = at != NULL ? at + strlen(mark) : "";
+    return text_of(app, "%.*s", (int)strcspn(at, "\n"), at);
+}
+
+static size_t head_count(App *app, const char *head, const char *key, size_t least, size_t most,
+                         const char *path) {
     size_t n = 0;
 
-    if (at != NULL)
-        parse_digits(at + strlen(key), strlen(at + strlen(key)), &n);
+    if (!parse_size(head_text(app, head, key), 0, &n) || n < least || n > most)
+        stop(app, PATCH_E_FORMAT, path, "the head is damaged at `%s`; make this part again", key);
     return n;
 }
 
-/* The first part's head becomes the skeleton. */
-static patch_status read_skeleton(App *app, Skeleton *k, const char *path, const char *head,
-                                  const char *body, const char *end, patch_error *e) {
-    Reader r = {NULL, NULL, NULL, 0};
-    size_t i;
+/* Make of a head what `patch` made it of: settings into the App, tables' texts, and the sweeps'
+   cells by a model that is nothing but its dimensions. Returns the number of examples. */
+static size_t merge_begin(App *app, const char *head, const char *path, Sweeps *s, Common *c) {
+    const size_t n = head_count(app, head, "examples", 1, INT_MAX, path);
+    const size_t T = head_count(app, head, "positions", 1, 65536, path);
+    const char *hex = head_text(app, head, "texts"), *metric = head_text(app, head, "metric");
+    const char **tokens = ROOM(const char *, T);
+    size_t *bytes = ROOM(size_t, T);
+    Model *shape = ROOM(Model, 1);
+    unsigned byte;
 
-    r.app = app;
-    r.at = body;
-    r.end = end;
-    k->n = head_count(head, "\nexamples: ");
-    k->n_cells = head_count(head, "\ncells: ");
-    k->n_tables = head_count(head, "\ntables: ");
-    k->noising = (int)head_count(head, "\nnoising: ");
-    k->normalize = (int)head_count(head, "\nnormalize: ");
-    k->per_prompt = (int)head_count(head, "\nper-prompt: ");
-    if (k->n == 0 || k->n_cells == 0 || k->n_tables == 0 || k->n_tables > MAX_SWEEPS ||
-        k->n > SIZE_MAX / 64 / k->n_cells)
-        return fail(e, PATCH_E_FORMAT, path, "no part of a sweep; give files that --shard left");
-    KEEP(k->tables, k->n_tables);
-    KEEP(k->slots, k->n_tables);
-    for (i = 0; i < k->n_tables && !r.bad; i++)
-        get_table(&r, &k->tables[i], &k->slots[i], k->n_cells);
-    for (i = 0; i < k->n_tables && !r.bad; i++) {
-        const size_t rows = k->per_prompt ? k->n : 1;
-
-        r.bad |= k->tables[i].rank < 1 || k->tables[i].name == NULL ||
-                 k->tables[i].command == NULL ||
-                 (k->per_prompt && k->tables[i].axis[0].size != k->n) ||
-                 table_size(&k->tables[i]) % rows != 0;
+    app->L = head_count(app, head, "layers", 1, 4096, path);
+    app->H = head_count(app, head, "heads", 1, 4096, path);
+    app->noising = (int)head_count(app, head, "noising", 0, 1, path);
+    app->normalize = (int)head_count(app, head, "normalize", 0, 1, path);
+    app->per_prompt = (int)head_count(app, head, "per-prompt", 0, 1, path);
+    app->sweeps = head_text(app, head, "sweeps");
+    shape->file.L = app->L;
+    shape->file.H = app->H;
+    for (size_t i = 0; i < T; i++, hex += *hex == ' ') {
+        char *text = ROOM(char, strcspn(hex, " ") / 2 + 1);
+        for (; sscanf(hex, "%2x", &byte) == 1 && *hex != ' '; hex += 2)
+            text[bytes[i]++] = (char)byte;
+        tokens[i] = text;
     }
-    if (r.bad)
-        return fail(e, PATCH_E_FORMAT, path, "the head is damaged; make this part again");
-    return PATCH_OK;
+    memset(c, 0, sizeof *c);
+    common_labels(app, c, tokens, bytes, T);
+    c->table.command = "patch";
+    for (size_t i = 0; METRICS[i] != NULL; i++)
+        if (strcmp(METRICS[i], metric) == 0)
+            c->table.metric = METRICS[i];
+    c->table.direction = app->noising ? "noising" : "denoising";
+    c->table.normalized = app->normalize;
+    c->table.range = app->range;
+    c->table.json_tokens = head_text(app, head, "tokens");
+    c->table.json_settings = head_text(app, head, "settings");
+    c->table.model = head_text(app, head, "sha256");
+    choose_sweeps(app, app->sweeps, s);
+    plan_sweeps(app, shape, T, s);
+    return n;
 }
 
 /* Join parts: all of one sweep, and together all of it. Needs no model. */
-static patch_status cmd_merge(App *app, patch_error *e) {
-    Skeleton k = {0};
-    Part p = {0};
-    const char *first_head = NULL;
-    size_t i, j, n_first = 0;
-
-    for (i = 0; i < app->operands.n; i++) {
-        const char *path = app->operands.items[i], *body, *settings;
-        size_t n = 0, n_head = 0, n_settings;
-        unsigned char *bytes = read_whole(&app->pool, path, &n);
-        const char *text = (const char *)bytes;
-
-        if (bytes == NULL)
-            return fail(e, PATCH_E_IO, path, "cannot be read (%s); give files that --shard left",
-                        strerror(errno));
-        if (n > PART_SHARD && memcmp(text, "actpatch part 1\nhead: ", PART_LENGTH) == 0)
-            parse_digits(text + PART_LENGTH, 10, &n_head);
-        if (n_head < PART_SHARD || n_head > n || (body = strstr(text, "\n\n")) == NULL ||
-            body > text + n_head)
-            return fail(e, PATCH_E_FORMAT, path,
-                        "no part of a sweep; give files that --shard left");
-        settings = text + PART_SHARD + strcspn(text + PART_SHARD, "\n");
-        n_settings = (size_t)(text + n_head - settings);
-        if (i == 0) {
-            TRY(read_skeleton(app, &k, path, text, body + 2, text + n_head, e));
-            first_head = settings;
-            n_first = n_settings;
-            KEEP(p.values, k.n * k.n_cells);
-            KEEP(p.unpatched, k.n * 2);
-            KEEP(p.have, k.n * k.n_cells);
-            p.n_items = k.n * k.n_cells;
-            p.per_example = k.n_cells;
-            p.bases = 2;
-        } else if (n_settings != n_first || memcmp(settings, first_head, n_first) != 0)
-            return other_head(path, first_head, n_first, settings, n_settings, e);
-        p.path = path;
-        p.n_head = n_head;
-        part_records(&p, bytes, n);
-    }
-    for (j = 0; j < p.n_items && p.have[j]; j++)
-        continue;
-    if (j < p.n_items)
-        return fail(e, PATCH_E_INPUT, "merge",
-                    "item %lu of %lu is in none of the parts; give all shards, and run "
-                    "unfinished ones again",
-                    (unsigned long)j, (unsigned long)p.n_items);
-    TRY(fill_tables(app, &k, p.values, p.unpatched, e));
-    return give_tables(app, k.tables, k.n_tables, e);
-}
-
-/* ---- 13.12 Command: report ---- */
-
-/* A named sweep in one direction, normalized, as a table. */
-static patch_status report_sweep(App *app, const Prompts *p, const char *name, int noising,
-                                 Table *t, patch_error *e) {
+static void cmd_merge(App *app) {
+    const char *settings = NULL;
+    size_t n_settings = 0, n = 0;
     Sweeps s = {0};
-    Skeleton k = {0};
-    Part part = {0};
+    Part p = {0};
     Common c;
 
-    app->sweep[0] = name;
-    app->n_sweeps = 1;
-    app->noising = noising;
-    app->normalize = 1;
-    TRY(plan_sweeps(app, &s, p->examples[0].n_tokens, e));
-    TRY(common_begin(app, p, &c, e));
-    TRY(sweep_skeleton(app, &s, p, &c, &k, e));
-    KEEP(part.values, p->n * s.n_cells);
-    KEEP(part.have, p->n * s.n_cells);
-    KEEP(part.unpatched, 2 * p->n);
-    TRY(compute_items(app, &s, p, &part, 0, 0, p->n * s.n_cells, NULL, e));
-    TRY(fill_tables(app, &k, part.values, part.unpatched, e));
-    *t = k.tables[0];
-    return PATCH_OK;
+    for (size_t i = 0; i < app->operands.n; i++) {
+        size_t n_bytes, n_head = 0;
+        const char *path = app->operands.items[i], *bytes = read_file(app, path, &n_bytes);
+
+        if (n_bytes > PART_SHARD && memcmp(bytes, PART_MAGIC, PART_LENGTH) == 0)
+            parse_digits(bytes + PART_LENGTH, 10, &n_head);
+        if (n_head <= PART_SHARD || n_head > n_bytes || memcmp(bytes + n_head - 2, "\n\n", 2) != 0)
+            stop(app, PATCH_E_FORMAT, path, "no part of a sweep; give files that --shard left");
+        const char *rest = bytes + PART_SHARD + strcspn(bytes + PART_SHARD, "\n");
+        const size_t n_rest = n_head - (size_t)(rest - bytes);
+        if (i == 0) {
+            n = merge_begin(app, text_of(app, "%.*s", (int)n_rest, rest), path, &s, &c);
+            part_room(app, &p, n, s.n_cells);
+            settings = rest;
+            n_settings = n_rest;
+        } else if (n_rest != n_settings || memcmp(rest, settings, n_rest) != 0)
+            other_head(app, path, settings, n_settings, rest, n_rest);
+        p.n_head = n_head;
+        part_records(&p, bytes, n_bytes);
+    }
+    const unsigned char *missing = memchr(p.have, 0, p.n_items);
+    if (missing != NULL)
+        stop(app, PATCH_E_INPUT, "merge", "item %lu of %lu is in none of the parts; give all "
+             "shards, and run unfinished ones again", (unsigned long)(missing - p.have),
+             (unsigned long)p.n_items);
+    Table *tables = sweep_tables(app, &s, &c, n);
+    fill_tables(app, &s, &p, n, tables);
+    give_tables(app, NULL, tables, s.n);
 }
 
 /* The standard set for a task, on one page. */
-static patch_status cmd_report(App *app, patch_error *e) {
-    static const char *const sweeps[] = {"block_every", "attn_head_out_all_pos"};
-    static const char *const kinds[] = {"previous", "duplicate", "induction"};
-    const size_t L = (size_t)patch_model_dims(app->model)->n_layers;
-    const size_t H = (size_t)patch_model_dims(app->model)->n_heads;
-    const size_t sizes[] = {2 * L + 1, 2 * L + 2};
-    Table tables[7];
-    patch_lens lens;
-    double *scores;
+static void cmd_report(App *app) {
+    static const char *const sweeps = "block_every,attn_head_out_all_pos";
+    const Prompts p = prompts_read(
+        app, NEEDS(CLEAN) | NEEDS(CORRUPTED) | NEEDS(ANSWER) | NEEDS(WRONG), 0, 1);
+    Table tables[5 + LENS_TABLES];
+    size_t n = 0, n_heads;
+    double bias;
+    Sweeps s = {0};
     Common c;
-    Prompts p;
-    size_t n = 0;
-    int i;
 
-    TRY(prompts_read(app, app->operands.items[0],
-                     NEEDS(CLEAN) | NEEDS(CORRUPTED) | NEEDS(ANSWER) | NEEDS(WRONG), 0, 1, &p, e));
-    for (i = 0; i < 4; i++)
-        TRY(report_sweep(app, &p, sweeps[i % 2], i / 2, &tables[n++], e));
-    app->noising = app->normalize = 0;
-    TRY(common_begin(app, &p, &c, e));
-    KEEP(lens.accumulated, p.n * sizes[0]);
-    KEEP(lens.lens, p.n * sizes[0]);
-    KEEP(lens.layers, p.n * sizes[1]);
-    KEEP(lens.heads, p.n * (L * H + 1));
-    KEEP(lens.bias, p.n);
-    KEEP(lens.logit_diff, p.n);
-    TRY(patch_logit_lens(app->model, p.examples, p.n, &lens, e));
-    for (i = 0; i < 2; i++) {
-        Table *t = &tables[n++];
-
-        *t = c.table;
-        t->command = "lens";
-        t->name = i ? "layers" : "accumulated";
-        t->direction = NULL;
-        add_axis(t, &c, "part", sizes[i]);
-        TRY(lens_labels(app, i, sizes[i], &t->axis[0].labels, e));
-        TRY(mean_values(app, i ? lens.layers : lens.accumulated, p.n, sizes[i], &t->values, e));
+    choose_sweeps(app, sweeps, &s);
+    plan_sweeps(app, app->model, p.n_tokens, &s);
+    for (app->noising = 0, app->normalize = 1; app->noising < 2; app->noising++) {
+        Part part = {0};
+        part_room(app, &part, p.n, s.n_cells);
+        common_begin(app, &p, &c);
+        compute_items(app, &s, &p, &part, 0, part.n_items, NULL);
+        Table *made = sweep_tables(app, &s, &c, p.n);
+        fill_tables(app, &s, &part, p.n, made);
+        for (size_t i = 0; i < s.n; i++)
+            tables[n++] = made[i];
     }
-    KEEP(scores, 3 * L * H);
-    TRY(patch_head_kinds(app->model, p.examples[0].clean, p.examples[0].n_tokens, scores, e));
+    app->noising = app->normalize = 0;
+    common_begin(app, &p, &c);
+    lens_tables(app, &p, &c, tables + n, &bias);
+    n += 2; /* accumulated and layers */
     tables[n] = c.table;
-    tables[n].command = tables[n].name = "heads";
-    tables[n].metric = tables[n].direction = NULL;
-    TRY(label_axis(app, &tables[n], "kind", 3, NULL, kinds, e));
-    add_axis(&tables[n], &c, "layer", L);
-    add_axis(&tables[n], &c, "head", H);
-    tables[n++].values = scores;
-    return write_page(app, &p, "Report", tables, n, app->outputs.items[0], e);
+    heads_table(app, p.examples[0].clean, p.n_tokens, &tables[n++]);
+    const patch_cell *heads = parse_heads(app, "all", 0, "heads", &n_heads);
+    write_page(app, &p, heads, n_heads, "Report", tables, n, app->outputs.items[0]);
 }
 
-/* ---- 13.13 Help and main ---------------------------------------------------------------------- */
+/* ---- 13.12 Help and main -------------------------------------------------------------------- */
 
 static const Format PAGE_FORMATS[] = {{".html", NULL, write_html_tables, 0}, {NULL, NULL, NULL, 0}};
 
@@ -10036,25 +9588,25 @@ static const Command COMMANDS[] = {
      "Prints lines of a name, a tab and a value: dimensions, parameters, tokenizer,\n"
      "processing, sizes in bytes (memory_least: what a pass takes beside the file;\n"
      "memory_cache: every activation of a prompt of n_ctx tokens), SHA-256.\n",
-     ON_MODEL | ON_INFO, 0, 0, NULL, FORMATS, 0, cmd_info},
+     "Mi", 0, 0, NULL, FORMATS, 0, cmd_info},
     {"tokens", "TEXT...", "how texts are cut into tokens",
      "Prints two lines a text: the ids, and the tokens between bars, with \\n \\t \\r \\\\\n"
      "and \\xHH for bytes that cannot be shown.\n",
-     ON_MODEL | ON_TEXT, 1, SIZE_MAX, NULL, FORMATS, 0, cmd_tokens},
+     "MT", 1, SIZE_MAX, NULL, FORMATS, 0, cmd_tokens},
     {"top", "TEXT", "which tokens the model expects after a text",
      "Prints lines `rank id logit prob |token|`, parted by tabs, the likeliest token\n"
      "(rank 0) first; then a line for each --answer, which is taken as it is: mostly\n"
      "it begins with a space.\n",
-     ON_MODEL | ON_TEXT | ON_TOP, 1, 1, NULL, FORMATS, 0, cmd_top},
+     "MTt", 1, 1, NULL, FORMATS, 0, cmd_top},
     {"diff", "PROMPTS", "the metric of every clean and corrupted prompt",
      "Prints `line clean corrupted`, parted by tabs, a row an example, and the mean.\n"
      "-o writes .csv, .json, or the numbers alone as .npy [B,2]; - is stdout as CSV.\n",
-     ON_MODEL | ON_TEXT | ON_METRIC | ON_OUTPUT, 1, 1, NULL, DIFF_FORMATS, 0, cmd_diff},
+     "MTEO", 1, 1, NULL, DIFF_FORMATS, 0, cmd_diff},
     {"cache", "PROMPTS|--text TEXT", "activations, as run_with_cache gives them",
      "Writes -o FILE.safetensors: every hook point that a glob matches, under the name\n"
      "and in the shape [B,T,...] that TransformerLens has for it, also tokens [B,T]\n"
      "and logits [B,T,V]. hook_result only where the glob has `result` in it.\n",
-     ON_MODEL | ON_TEXT | ON_OUTPUT | ON_CACHE, 0, 1, "--names", CACHE_FORMATS, 1, cmd_cache},
+     "MTOc", 0, 1, "--names", CACHE_FORMATS, 1, cmd_cache},
     {"patch", "PROMPTS", "activation patching: which activations make the difference",
      "For each cell of a sweep the corrupted prompt is run with one activation of the\n"
      "clean run put in (--noising: the other way round); the value is the metric's mean\n"
@@ -10069,48 +9621,50 @@ static const Command COMMANDS[] = {
      "  [layer,head]           attn_head_out_all_pos and .._q_.. .._k_.. .._v_.. .._pattern_..\n"
      "  [5,layer,head] [5,layer,pos,head] [3,layer,pos]\n"
      "                         attn_head_all_pos_every attn_head_by_pos_every block_every\n",
-     ON_MODEL | ON_TEXT | ON_METRIC | ON_SWEEP | ON_SHOWN | ON_EACH | ON_OUTPUT | ON_PATCH, 1, 1,
+     "MTESCBOp", 1, 1,
      "--sweep", FORMATS, 0, cmd_patch},
     {"attn", "PROMPTS", "attention patterns of the clean prompts",
      "Gives [B,heads,T,T]: what each position (dest) attends to (src).\n",
-     ON_MODEL | ON_TEXT | ON_SHOWN | ON_OUTPUT | ON_HEADS, 1, 1, "--heads", FORMATS, 0, cmd_attn},
+     "MTCOh", 1, 1, "--heads", FORMATS, 0, cmd_attn},
     {"heads", "[PROMPTS]", "previous-token, duplicate-token and induction heads",
      "Gives [3,layer,head]: how much of each head's attention goes where such a head\n"
-     "looks, on the first clean prompt, or on random tokens said twice.\n",
-     ON_MODEL | ON_TEXT | ON_SHOWN | ON_OUTPUT | ON_SEED, 0, 1, NULL, FORMATS, 0, cmd_heads},
+     "looks, on the first clean prompt, or on random tokens said twice. Where prompts\n"
+     "have answers, how far heads copy these names is shown too, and in .json.\n",
+     "MTCOR", 0, 1, NULL, FORMATS, 0, cmd_heads},
     {"lens", "PROMPTS", "direct logit attribution, logit lens",
      "Gives tables of what parts add to the logit difference of the clean prompts:\n"
      "accumulated (the residual stream after each half layer), layers, heads, and lens\n"
      "(accumulated with each row's own LayerNorm scale, b_U added).\n",
-     ON_MODEL | ON_TEXT | ON_SHOWN | ON_EACH | ON_OUTPUT, 1, 1, NULL, FORMATS, 0, cmd_lens},
+     "MTCBO", 1, 1, NULL, FORMATS, 0, cmd_lens},
     {"path", "PROMPTS", "path patching from every head",
      "Gives [layer,head]: the metric where one head's output reaches the receivers as\n"
      "in the other prompt, and every other head's output is held.\n",
-     ON_MODEL | ON_TEXT | ON_METRIC | ON_SWEEP | ON_SHOWN | ON_EACH | ON_OUTPUT | ON_PATH, 1, 1,
+     "MTESCBOx", 1, 1,
      NULL, FORMATS, 0, cmd_path},
     {"ablate", "PROMPTS", "the metric without a part of the model",
      "Runs the clean prompts with one cell of a site replaced (shaped as that sweep), or\n"
-     "with all --heads replaced at once. --normalize: minus the unablated metric.\n",
-     ON_MODEL | ON_TEXT | ON_METRIC | ON_SHOWN | ON_EACH | ON_OUTPUT | ON_ABLATE | ON_HEADS |
-         ON_SEED,
+     "with all --heads replaced at once. --normalize: minus the unablated metric.\n"
+     "--keep ablates all other heads instead and tells how far the kept ones do the task:\n"
+     "faithfulness, and of each head minimality and completeness.\n",
+     "MTECBOahR",
      1, 1, NULL, FORMATS, 0, cmd_ablate},
     {"trace", "FACTS", "causal tracing, as Meng et al. do it",
      "FACTS is a TSV file with columns prompt, subject and attribute (may be empty).\n"
      ".json holds every fact, .npy [kind,T,layer] of one fact; pictures show one fact or\n"
      "the averages.\n",
-     ON_MODEL | ON_TEXT | ON_SHOWN | ON_OUTPUT | ON_TRACE, 1, 1, NULL, FORMATS, 0, cmd_trace},
+     "MTCOr", 1, 1, NULL, FORMATS, 0, cmd_trace},
     {"report", "PROMPTS", "the standard set for a task, on one page",
      "Writes -o FILE.html: logit differences, the sweeps block_every and\n"
      "attn_head_out_all_pos in both directions, lens, head kinds, attention.\n",
-     ON_MODEL | ON_TEXT | ON_SHOWN | ON_OUTPUT, 1, 1, NULL, PAGE_FORMATS, 1, cmd_report},
+     "MTCO", 1, 1, NULL, PAGE_FORMATS, 1, cmd_report},
     {"merge", "PART...", "join the shards of a sweep",
      "Joins the files that `patch --shard I/N -o FILE` left as FILE.part, all N of them,\n"
      "into what one run would have written.\n",
-     ON_SHOWN | ON_OUTPUT, 1, SIZE_MAX, NULL, FORMATS, 0, cmd_merge},
+     "CO", 1, SIZE_MAX, NULL, FORMATS, 0, cmd_merge},
     {"fold", "-o OUT.bin", "write the processed weights, which need no work at load",
      "Writes a model file whose weights are processed and laid out for the kernels,\n"
      "to be read in place.\n",
-     ON_MODEL | ON_OUTPUT, 0, 0, NULL, NULL, 1, cmd_fold},
+     "MO", 0, 0, NULL, NULL, 1, cmd_fold},
 };
 
 #define N_COMMANDS (sizeof COMMANDS / sizeof *COMMANDS)
@@ -10121,18 +9675,14 @@ static const char PROMPTS_HELP[] =
     "further line is an example.\n";
 
 static void command_help(const Command *c) {
-    size_t i;
-
     printf("usage: actpatch %s %s%s[options]\n\n%s: %s.\n\n%s", c->name, c->operands,
            *c->operands ? " " : "", c->name, c->summary, c->text);
     if (strncmp(c->operands, "PROMPTS", 7) == 0)
         fputs(PROMPTS_HELP, stdout);
     printf("\noptions:\n");
-    for (i = 0; i < N_OPTIONS; i++) {
-        const Option *o = &OPTIONS[i];
+    for (const Option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
         const int width = 20 - (int)strlen(o->name);
-
-        if (o->group & c->accepts)
+        if (accepts(c, o))
             printf("  %s %-*s %s\n", o->name, width > 0 ? width : 0, o->value ? o->value : "",
                    o->help);
     }
@@ -10141,11 +9691,10 @@ static void command_help(const Command *c) {
 /* The three lines at the end work as typed, wherever the program was started from. */
 static void program_help(const App *app) {
     char path[PATH_ROOM];
-    size_t i;
 
     printf("actpatch " PATCH_VERSION ": activation patching for GPT-2\n\n"
            "usage: %s COMMAND [-m MODEL] [options] [operands]\n\n", app->program);
-    for (i = 0; i < N_COMMANDS; i++)
+    for (size_t i = 0; i < N_COMMANDS; i++)
         printf("  %-8s %s\n", COMMANDS[i].name, COMMANDS[i].summary);
     if (!bundled(app, "ioi.tsv", path))
         snprintf(path, sizeof path, "tests/tiny/ioi.tsv");
@@ -10169,30 +9718,24 @@ static void on_bus_error(int number) {
 }
 #endif
 
-/* Everything between the arguments and the exit status. */
-static patch_status run_command(App *app, int argc, char **argv, patch_error *e) {
-    OutFile o;
-    size_t i;
-
-    TRY(parse_arguments(app, argc, argv, e));
+/* Everything between the arguments and the end. */
+static void run_command(App *app, int argc, char **argv) {
+    parse_arguments(app, argc, argv);
     if (app->help) {
         command_help(app->command);
-        return PATCH_OK;
+        return;
     }
-    for (i = 0; i < app->outputs.n; i++) { /* a folder that refuses should do so before the work */
-        TRY(out_open(&o, app->outputs.items[i], e));
-        out_drop(&o);
+    for (size_t i = 0; i < app->outputs.n; i++) { /* a folder that refuses does so before the work */
+        must(app, out_open(&app->out, app->outputs.items[i], &app->e));
+        out_drop(&app->out);
     }
-    if (app->command->accepts & ON_MODEL)
-        TRY(open_model(app, e));
-    return app->command->run(app, e);
+    if (strchr(app->command->accepts, 'M') != NULL)
+        open_model(app);
+    app->command->run(app);
 }
 
 int main(int argc, char **argv) {
     App app = {0};
-    patch_error e = {PATCH_OK, "", ""};
-    patch_status status = PATCH_OK;
-    size_t i;
 
 #if HAS_POSIX && defined(SIGBUS)
     signal(SIGBUS, on_bus_error);
@@ -10203,29 +9746,26 @@ int main(int argc, char **argv) {
     app.program = argc > 0 ? argv[0] : "actpatch";
     app.pool = pool_begin(&HEAP, SIZE_MAX);
     app.load = patch_options_default();
-    app.k = 10;
-    app.window = app.samples = 10;
+    app.k = app.window = app.samples = 10;
     app.seed = 1;
-    for (i = 0; argc > 1 && i < N_COMMANDS; i++)
+    for (size_t i = 0; argc > 1 && i < N_COMMANDS; i++)
         if (strcmp(argv[1], COMMANDS[i].name) == 0)
             app.command = &COMMANDS[i];
     app.noise = app.command != NULL && strcmp(app.command->name, "trace") == 0 ? 3 : 1;
     if (app.command != NULL)
-        status = run_command(&app, argc, argv, &e);
+        run_command(&app, argc, argv);
     else if (argc < 2 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "--help") == 0)
         program_help(&app);
     else if (strcmp(argv[1], "--version") == 0)
         printf("actpatch " PATCH_VERSION "\n");
     else
-        status = fail(&e, PATCH_E_USAGE, argv[1], "unknown command; see %.60s -h", app.program);
-    if ((fflush(stdout) != 0 || ferror(stdout)) && status == PATCH_OK)
-        status = fail(&e, PATCH_E_IO, "standard output", "could not be written whole: %s; make "
-                      "room", strerror(errno));
-    if (status != PATCH_OK)
-        print_message("", &e);
+        stop(&app, PATCH_E_USAGE, argv[1], "unknown command; see %.60s -h", app.program);
+    if (fflush(stdout) != 0 || ferror(stdout))
+        stop(&app, PATCH_E_IO, "standard output", "could not be written whole: %s; make room",
+             strerror(errno));
     patch_model_free(app.model);
-    pool_end(&app.pool, status);
-    return status == PATCH_OK ? 0 : e.code == PATCH_E_USAGE ? 2 : 1;
+    pool_end(&app.pool, PATCH_OK);
+    return 0;
 }
 
 #endif /* PATCH_NO_MAIN */
