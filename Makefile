@@ -11,6 +11,7 @@ CFLAGS ?= -O2
 PYTHON ?= python3
 PREFIX ?= /usr/local
 DESTDIR ?=
+RUNS ?= 20000
 
 # -std=gnu99 and not c99: only outside the ISO modes gcc fuses multiply and add, which is half the speed.
 # The kernels for AVX2 and AVX-512 are chosen at run time, so -march=native gains nothing.
@@ -49,6 +50,9 @@ test-core: actpatch
 test-reference: actpatch
 	@$(PYTHON) tests/reference.py $(ARGS)
 
+fuzz: actpatch
+	@$(PYTHON) tests/fuzz.py --runs $(RUNS) $(TARGETS)
+
 test-exhaustive: actpatch
 	@CC="$(CC)" $(PYTHON) tests/test_kernels.py --exhaustive
 
@@ -75,4 +79,4 @@ uninstall:
 clean:
 	rm -rf actpatch libactpatch.so build
 
-.PHONY: all lib demo test test-core test-reference test-exhaustive bench install uninstall clean
+.PHONY: all lib demo test test-core test-reference test-exhaustive fuzz bench install uninstall clean

@@ -2655,11 +2655,12 @@ static int embed(Pass *x, const StageRule *rule) {
 
     for (i = 0; i < s->n; i++) {
         const Node *node = &s->nodes[i];
-        float *row = row_of(x, rule->stage, node->slot);
         double mean = 0;
+        float *row;
 
         if (node->slot < 0 || node->edit >= 0)
             continue;
+        row = row_of(x, rule->stage, node->slot);
         if (!weights_row(f, &f->tensors[rule->stage == PATCH_POS_EMBED], (size_t)node->a, row,
                          x->work.pool->a))
             return 0;
@@ -9485,11 +9486,16 @@ static size_t merge_begin(App *app, const char *head, const char *path, Sweeps *
     app->sweeps = head_text(app, head, "sweeps");
     shape->file.L = app->L;
     shape->file.H = app->H;
-    for (size_t i = 0; i < T; i++, hex += *hex == ' ') {
-        char *text = ROOM(char, strcspn(hex, " ") / 2 + 1);
-        for (; sscanf(hex, "%2x", &byte) == 1 && *hex != ' '; hex += 2)
-            text[bytes[i]++] = (char)byte;
+    for (size_t i = 0; i < T; i++) {
+        const size_t digits = strcspn(hex, " ");
+        char *text = ROOM(char, digits / 2 + 1);
+        for (; bytes[i] < digits / 2; bytes[i]++) {
+            if (sscanf(hex + 2 * bytes[i], "%2x", &byte) != 1)
+                stop(app, PATCH_E_FORMAT, path, "the head is damaged; make this part again");
+            text[bytes[i]] = (char)byte;
+        }
         tokens[i] = text;
+        hex += digits + (hex[digits] == ' ');
     }
     memset(c, 0, sizeof *c);
     common_labels(app, c, tokens, bytes, T);
