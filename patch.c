@@ -1843,8 +1843,6 @@ typedef enum Rule {
     PREFIX /* the rows of stage a at positions 0..t */
 } Rule;
 
-typedef enum Where { FIRST, EACH, LAST } Where; /* in which layers */
-
 /* STREAM holds the residual stream between layers, MID that between attention and MLP, OUT what is
    normalised or about to be added, WIDE the MLP's inner rows and before them q, k, v and z, side by
    side (BESIDE). By the time a stage writes to a region, nobody reads what stood there. */
@@ -1856,7 +1854,6 @@ typedef enum How { LATER, EMBED, ADD, SCALE, NORM, LINEAR, ATTEND, SPELL_OUT, AC
 typedef struct StageRule {
     int stage, a, b;
     Rule rule;
-    Where where;
     Region region;
     How how;
     int linear; /* LINEAR: which matrix */
@@ -1864,30 +1861,30 @@ typedef struct StageRule {
 
 /* RESID_PRE of a later layer is the RESID_POST of the one before, and stays in its place. */
 static const StageRule stage_rules[] = {
-    {PATCH_EMBED, 0, 0, LEAF, FIRST, OUT, EMBED, 0},
-    {PATCH_POS_EMBED, 0, 0, LEAF, FIRST, MID, EMBED, 0},
-    {PATCH_RESID_PRE, PATCH_EMBED, PATCH_POS_EMBED, PAIR, EACH, STREAM, ADD, 0},
-    {PATCH_LN1_SCALE, PATCH_RESID_PRE, 0, SAME, EACH, WIDE, SCALE, 0},
-    {PATCH_LN1_NORMALIZED, PATCH_RESID_PRE, PATCH_LN1_SCALE, PAIR, EACH, OUT, NORM, 0},
-    {PATCH_Q, PATCH_LN1_NORMALIZED, 0, SAME, EACH, BESIDE, LINEAR, LINEAR_Q},
-    {PATCH_K, PATCH_LN1_NORMALIZED, 0, SAME, EACH, BESIDE, LINEAR, LINEAR_K},
-    {PATCH_V, PATCH_LN1_NORMALIZED, 0, SAME, EACH, BESIDE, LINEAR, LINEAR_V},
-    {K_PREFIX, PATCH_K, 0, PREFIX, EACH, NOWHERE, LATER, 0},
-    {V_PREFIX, PATCH_V, 0, PREFIX, EACH, NOWHERE, LATER, 0},
-    {PATCH_ATTN_SCORES, PATCH_Q, K_PREFIX, PAIR, EACH, NOWHERE, LATER, 0},
-    {PATCH_PATTERN, PATCH_ATTN_SCORES, 0, SAME, EACH, NOWHERE, LATER, 0},
-    {PATCH_Z, PATCH_PATTERN, V_PREFIX, PAIR, EACH, BESIDE, ATTEND, 0},
-    {PATCH_RESULT, PATCH_Z, 0, SAME, EACH, RESULTS, SPELL_OUT, 0},
-    {PATCH_ATTN_OUT, PATCH_RESULT, 0, SAME, EACH, OUT, LINEAR, LINEAR_O},
-    {PATCH_RESID_MID, PATCH_RESID_PRE, PATCH_ATTN_OUT, PAIR, EACH, MID, ADD, 0},
-    {PATCH_LN2_SCALE, PATCH_RESID_MID, 0, SAME, EACH, WIDE, SCALE, 0},
-    {PATCH_LN2_NORMALIZED, PATCH_RESID_MID, PATCH_LN2_SCALE, PAIR, EACH, OUT, NORM, 0},
-    {PATCH_MLP_PRE, PATCH_LN2_NORMALIZED, 0, SAME, EACH, WIDE, LINEAR, LINEAR_IN},
-    {PATCH_MLP_POST, PATCH_MLP_PRE, 0, SAME, EACH, WIDE, ACTIVATE, 0},
-    {PATCH_MLP_OUT, PATCH_MLP_POST, 0, SAME, EACH, OUT, LINEAR, LINEAR_OUT},
-    {PATCH_RESID_POST, PATCH_RESID_MID, PATCH_MLP_OUT, PAIR, EACH, STREAM, ADD, 0},
-    {PATCH_LN_FINAL_SCALE, PATCH_RESID_POST, 0, SAME, LAST, WIDE, SCALE, 0},
-    {PATCH_LN_FINAL_NORMALIZED, PATCH_RESID_POST, PATCH_LN_FINAL_SCALE, PAIR, LAST, OUT, NORM, 0},
+    {PATCH_EMBED, 0, 0, LEAF, OUT, EMBED, 0},
+    {PATCH_POS_EMBED, 0, 0, LEAF, MID, EMBED, 0},
+    {PATCH_RESID_PRE, PATCH_EMBED, PATCH_POS_EMBED, PAIR, STREAM, ADD, 0},
+    {PATCH_LN1_SCALE, PATCH_RESID_PRE, 0, SAME, WIDE, SCALE, 0},
+    {PATCH_LN1_NORMALIZED, PATCH_RESID_PRE, PATCH_LN1_SCALE, PAIR, OUT, NORM, 0},
+    {PATCH_Q, PATCH_LN1_NORMALIZED, 0, SAME, BESIDE, LINEAR, LINEAR_Q},
+    {PATCH_K, PATCH_LN1_NORMALIZED, 0, SAME, BESIDE, LINEAR, LINEAR_K},
+    {PATCH_V, PATCH_LN1_NORMALIZED, 0, SAME, BESIDE, LINEAR, LINEAR_V},
+    {K_PREFIX, PATCH_K, 0, PREFIX, NOWHERE, LATER, 0},
+    {V_PREFIX, PATCH_V, 0, PREFIX, NOWHERE, LATER, 0},
+    {PATCH_ATTN_SCORES, PATCH_Q, K_PREFIX, PAIR, NOWHERE, LATER, 0},
+    {PATCH_PATTERN, PATCH_ATTN_SCORES, 0, SAME, NOWHERE, LATER, 0},
+    {PATCH_Z, PATCH_PATTERN, V_PREFIX, PAIR, BESIDE, ATTEND, 0},
+    {PATCH_RESULT, PATCH_Z, 0, SAME, RESULTS, SPELL_OUT, 0},
+    {PATCH_ATTN_OUT, PATCH_RESULT, 0, SAME, OUT, LINEAR, LINEAR_O},
+    {PATCH_RESID_MID, PATCH_RESID_PRE, PATCH_ATTN_OUT, PAIR, MID, ADD, 0},
+    {PATCH_LN2_SCALE, PATCH_RESID_MID, 0, SAME, WIDE, SCALE, 0},
+    {PATCH_LN2_NORMALIZED, PATCH_RESID_MID, PATCH_LN2_SCALE, PAIR, OUT, NORM, 0},
+    {PATCH_MLP_PRE, PATCH_LN2_NORMALIZED, 0, SAME, WIDE, LINEAR, LINEAR_IN},
+    {PATCH_MLP_POST, PATCH_MLP_PRE, 0, SAME, WIDE, ACTIVATE, 0},
+    {PATCH_MLP_OUT, PATCH_MLP_POST, 0, SAME, OUT, LINEAR, LINEAR_OUT},
+    {PATCH_RESID_POST, PATCH_RESID_MID, PATCH_MLP_OUT, PAIR, STREAM, ADD, 0},
+    {PATCH_LN_FINAL_SCALE, PATCH_RESID_POST, 0, SAME, WIDE, SCALE, 0},
+    {PATCH_LN_FINAL_NORMALIZED, PATCH_RESID_POST, PATCH_LN_FINAL_SCALE, PAIR, OUT, NORM, 0},
 };
 enum { RULES = sizeof stage_rules / sizeof stage_rules[0] };
 
@@ -1900,8 +1897,12 @@ static const struct HookFact {
 #undef X
 };
 
-static Where hook_where(int hook) {
-    return hook <= PATCH_POS_EMBED ? FIRST : hook >= PATCH_LN_FINAL_SCALE ? LAST : EACH;
+typedef enum Where { FIRST, EACH, LAST } Where; /* in which layers a stage is */
+
+static Where hook_where(int stage) {
+    return stage <= PATCH_POS_EMBED                                            ? FIRST
+           : stage == PATCH_LN_FINAL_SCALE || stage == PATCH_LN_FINAL_NORMALIZED ? LAST
+                                                                               : EACH;
 }
 
 /* The layer under which the engine keeps a hook point: the caller's where it is inside the blocks.
@@ -2085,7 +2086,6 @@ static int same_node(const Plan *p, const Node *x, const Node *y) {
 static size_t node_hash(const Plan *p, const Node *x) {
     const patch_edit *e = x->edit < 0 ? NULL : edit_of(p, x->edit);
     uint64_t h = (uint32_t)x->a * UINT64_C(0x9E3779B97F4A7C15);
-
     if (e == NULL || e->op == PATCH_COPY)
         h ^= (uint32_t)x->b;
     else if (e->op != PATCH_SCALE)
@@ -2108,7 +2108,6 @@ static int *hash_find(const Plan *p, const Stage *s, const Node *node) {
    is out, here and in all that follows. */
 static int hash_stage(Plan *p, const Stage *s) {
     size_t size = p->hash_size ? p->hash_size : 256;
-
     while (size < ((size_t)s->n + 32) * 4)
         size *= 2;
     if (size > p->hash_size) {
@@ -2145,7 +2144,6 @@ static int add_node(Plan *p, Stage *s, Node node) {
 /* The node made of this, found or new; -1 where memory is out. This is all there is to sharing. */
 static int intern(Plan *p, Stage *s, int a, int b, int edit) {
     const Node node = {a, b, edit, DEAD};
-
     if (!p->share)
         return add_node(p, s, node);
     if ((size_t)s->n * 2 >= p->hash_size && !hash_stage(p, s))
@@ -2171,7 +2169,6 @@ static int walk_track(Plan *p, Stage *s, const StageRule *rule, int track) {
     const Track *t = &p->tracks[track];
     const int *a = p->table[rule->a][track], *b = p->table[rule->b][track];
     int *own = own_table(p, rule->stage, track);
-
     if (own == NULL)
         return 0;
     if (t->from > 0)
@@ -2208,7 +2205,6 @@ static int derive_stage(Plan *p, int layer, const StageRule *rule) {
     Stage *s = stage_at(p, layer, rule->stage);
     const Stage *parent = parent_stage(p, layer, rule, 0);
     int ok = 1;
-
     if (rule->rule == SAME || stays(layer, rule) ||
         (rule->how == NORM && !stage_at(p, layer, rule->b)->edited)) {
         const int from = stays(layer, rule) ? PATCH_RESID_POST : rule->a;
@@ -2231,7 +2227,6 @@ static int edited_row(Plan *p, Stage *s, int stage, int base, int event, int pos
     const patch_edit *e = edit_of(p, event);
     const int whole = e->head < 0 && e->src < 0;
     int source = pos;
-
     if (e->op == PATCH_COPY) {
         source = p->table[stage][p->track_of[e->source]][pos];
         if (p->share && stage != PATCH_RESULT && (whole || source == base))
@@ -2284,7 +2279,6 @@ static int edit_stage(Plan *p, int layer, int stage) {
     const int at = layer * STAGES + stage;
     int ok = p->next_edit == p->n_edits || p->edits[p->next_edit].at != at ||
              hash_stage(p, stage_at(p, layer, stage));
-
     while (ok && p->next_edit < p->n_edits && p->edits[p->next_edit].at == at) {
         const int first = p->next_edit;
         while (p->next_edit < p->n_edits && p->edits[p->next_edit].at == at &&
@@ -2300,29 +2294,28 @@ static int rows_read(const Plan *p, const patch_read *r) {
     return r->pos < 0 ? p->runs[r->run].n_tokens : 1;
 }
 
-/* Note which rows the reads at this stage mean. */
-static void note_reads(Plan *p, int at) {
-    for (; p->next_read < p->n_reads && p->read_events[p->next_read].at == at; p->next_read++) {
-        const Event *event = &p->read_events[p->next_read];
-        patch_read *r = &p->reads[event->index];
-        const int *table = p->table[at % STAGES][p->track_of[r->run]];
-        r->id = r->pos < 0 ? -1 : table[r->pos];
-        memcpy(p->read_rows + event->first, table + (r->pos < 0 ? 0 : r->pos),
-               (size_t)rows_read(p, r) * sizeof *table);
-    }
-}
-
-/* ---- what is needed ---- */
-
 static void need(Stage *s, int node) {
     if (node >= 0)
         s->nodes[node].slot = LIVE;
 }
 
+/* Note which rows the reads at this stage mean, as the next layer overwrites the tables. */
+static void note_reads(Plan *p, int at) {
+    for (; p->next_read < p->n_reads && p->read_events[p->next_read].at == at; p->next_read++) {
+        const Event *event = &p->read_events[p->next_read];
+        patch_read *r = &p->reads[event->index];
+        const int *rows = p->table[at % STAGES][p->track_of[r->run]] + (r->pos < 0 ? 0 : r->pos);
+        r->id = r->pos < 0 ? -1 : *rows;
+        for (int i = 0; i < rows_read(p, r); i++)
+            need(&p->stages[at], p->read_rows[event->first + i] = rows[i]);
+    }
+}
+
+/* ---- what is needed ---- */
+
 /* One needed node needs what it is made of. */
 static void need_parents(const Plan *p, int layer, const StageRule *rule, Stage *s, const Node *n) {
     const Stage *result = stage_at(p, layer, PATCH_RESULT);
-
     if (n->edit >= 0) {
         need(s, n->a);
         need(s, edit_of(p, n->edit)->op == PATCH_COPY ? n->b : -1);
@@ -2338,14 +2331,9 @@ static void need_parents(const Plan *p, int layer, const StageRule *rule, Stage 
     }
 }
 
-/* Backwards from what is read: mark what is needed. Within a stage a node is made of earlier ones,
-   so that they too are met after it. */
+/* Backwards from what is read, which is marked already: mark what it needs. Within a stage a node is
+   made of earlier ones, so that they too are met after it. */
 static void mark_needed(Plan *p) {
-    for (int i = 0; i < p->n_reads; i++) {
-        const Event *event = &p->read_events[i];
-        for (int j = 0; j < rows_read(p, &p->reads[event->index]); j++)
-            need(&p->stages[event->at], p->read_rows[event->first + j]);
-    }
     for (int layer = p->m->dims.n_layers - 1; layer >= 0; layer--)
         for (int k = RULES - 1; k >= 0; k--) {
             const StageRule *rule = &stage_rules[k];
@@ -2449,9 +2437,8 @@ static int by_stage(const void *x, const void *y) {
                               : (a->index > b->index) - (a->index < b->index);
 }
 
-static Event event_of(const Plan *p, patch_hook hook, int layer, int run, int index, int first) {
-    const int at = hook_layer(p->m, (int)hook, layer) * STAGES + (int)hook;
-    return (Event){at, run, index, first};
+static int place_of(const Plan *p, patch_hook hook, int layer) {
+    return hook_layer(p->m, (int)hook, layer) * STAGES + (int)hook;
 }
 
 /* List edits and reads by layer and stage. */
@@ -2471,11 +2458,11 @@ static int index_events(Plan *p) {
     for (int r = 0; r < p->n_runs; r++)
         for (int i = 0; i < p->runs[r].n_edits; i++) {
             const patch_edit *e = &p->runs[r].edits[i];
-            p->edits[p->n_edits++] = event_of(p, e->hook, e->layer, r, i, 0);
+            p->edits[p->n_edits++] = (Event){place_of(p, e->hook, e->layer), r, i, 0};
         }
     for (int i = 0; i < p->n_reads; i++) {
         const patch_read *read = &p->reads[i];
-        p->read_events[i] = event_of(p, read->hook, read->layer, read->run, i, rows);
+        p->read_events[i] = (Event){place_of(p, read->hook, read->layer), read->run, i, rows};
         rows += rows_read(p, read);
     }
     qsort(p->edits, n_edits, sizeof *p->edits, by_stage);
@@ -2487,7 +2474,6 @@ static int index_events(Plan *p) {
    slot keeps the class. Without sharing each run is a class of its own. */
 static int make_classes(Plan *p) {
     Stage prompts = {0};
-
     p->tracks = pool_take(p->pool, (size_t)p->n_runs * 2, sizeof *p->tracks);
     p->track_of = pool_take(p->pool, (size_t)p->n_runs, sizeof(int));
     if (!p->tracks || !p->track_of || !hash_stage(p, &prompts))
@@ -2511,14 +2497,9 @@ static int make_classes(Plan *p) {
     return 1;
 }
 
-static int stage_exists(const Model *m, int layer, const StageRule *rule) {
-    return rule->where == EACH || layer == (rule->where == FIRST ? 0 : m->dims.n_layers - 1);
-}
-
 /* Plan all runs; fails only for want of memory. */
 static int plan_runs(Plan *p) {
     const int n_layers = p->m->dims.n_layers;
-
     p->stages = pool_take(p->pool, (size_t)n_layers * STAGES, sizeof *p->stages);
     if (!p->stages || !make_classes(p) || !index_events(p) ||
         !(p->scratch = pool_take(p->pool, (size_t)p->T, sizeof(int))))
@@ -2530,7 +2511,7 @@ static int plan_runs(Plan *p) {
     for (int layer = 0; layer < n_layers; layer++)
         for (int k = 0; k < RULES; k++) {
             const int stage = stage_rules[k].stage;
-            if (!stage_exists(p->m, layer, &stage_rules[k]))
+            if (hook_layer(p->m, stage, layer) != layer) /* it is in another one */
                 continue;
             if (!derive_stage(p, layer, &stage_rules[k]) || !edit_stage(p, layer, stage))
                 return 0;
@@ -2567,7 +2548,6 @@ typedef struct Pass {
 /* Lay a layer's buffers out in the regions; raises most[] to the floats that these need. */
 static void place_stages(Pass *x, int layer, size_t most[BESIDE]) {
     size_t beside = 0;
-
     for (int k = 0; k < RULES; k++) {
         const StageRule *rule = &stage_rules[k];
         const Region region = rule->region == BESIDE ? WIDE : rule->region;
@@ -2602,51 +2582,12 @@ static size_t gather(Pass *x, const Stage *s, const Stage *parent) {
     return n;
 }
 
-/* A stage that is one matrix product of the stage it is made of. */
-static patch_status product(Pass *x, int layer, const StageRule *rule, patch_error *e) {
-    const int from = rule->linear == LINEAR_O ? PATCH_Z : rule->a; /* no result is spelled out */
-    const double started = now();
-    Linear l = layer_linear(x->m, (size_t)layer, rule->linear);
-    const Rows r = {.n = gather(x, stage_at(x->p, layer, rule->stage), stage_at(x->p, layer, from)),
-                    .index = x->index, .x = x->buffer[from], .ldx = l.k,
-                    .y = x->buffer[rule->stage], .ldy = l.n};
-
-    if (l.takes_value_bias)
-        l.shift = x->value_bias;
-    const patch_status s = linear(&x->work, &l, &r, NULL, e);
-    if (l.drop_bias)
-        memcpy(x->value_bias, x->work.bias, l.n * sizeof *x->value_bias);
-    x->seconds_products += now() - started;
-    return s;
-}
-
-/* Token or position embeddings; with center_writing_weights each row loses its mean. */
-static int embed(Pass *x, const StageRule *rule) {
-    const ModelFile *f = &x->m->file;
-    const Stage *s = stage_at(x->p, 0, rule->stage);
-
-    for (int i = 0; i < s->n; i++) {
-        if (!computed(&s->nodes[i]))
-            continue;
-        float *row = row_of(x, rule->stage, s->nodes[i].slot);
-        if (!weights_row(f, &f->tensors[rule->stage == PATCH_POS_EMBED], (size_t)s->nodes[i].a, row,
-                         x->work.pool->a))
-            return 0;
-        const double mean =
-            x->m->steps & DID_CENTER_WRITING ? x->m->kernels->mean(row, f->C) : 0;
-        for (size_t j = 0; j < f->C; j++)
-            row[j] = (float)((double)row[j] - mean);
-    }
-    return 1;
-}
-
 /* Weight and bias of a LayerNorm that is not folded, into w [2,C]; x->ln is NULL where it is. */
 static int load_norm(Pass *x, int layer, int stage, float *w) {
     const ModelFile *f = &x->m->file;
     const size_t ln2 = f->processing & DID_FOLD ? (size_t)FOLD_LN2_W : (size_t)RAW_LN2_W;
     const Tensor *t = stage == PATCH_LN_FINAL_NORMALIZED ? tail_tensor(f, 0)
                       : layer_tensor(f, (size_t)layer, stage == PATCH_LN2_NORMALIZED ? ln2 : 0);
-
     x->ln[0] = x->ln[1] = NULL;
     if (x->m->steps & DID_FOLD_LN)
         return 1;
@@ -2654,32 +2595,6 @@ static int load_norm(Pass *x, int layer, int stage, float *w) {
     x->ln[1] = w + f->C;
     return weights_row(f, t, 0, w, x->work.pool->a) &&
            weights_row(f, t + 1, 0, w + f->C, x->work.pool->a);
-}
-
-/* Stages computed row by row: sums of two rows, LayerNorm's scales, and what it makes of row and
-   scale. */
-static void each_row(Pass *x, int layer, const StageRule *rule) {
-    const Kernels *k = x->m->kernels;
-    const size_t C = x->m->file.C;
-    const Stage *s = stage_at(x->p, layer, rule->stage);
-    const Stage *a = stage_at(x->p, layer, rule->a), *b = stage_at(x->p, layer, rule->b);
-
-    PARALLEL(team(x->m, (double)s->n * 8 * (double)C), schedule(static))
-    for (int i = 0; i < s->n; i++) {
-        const Node *node = &s->nodes[i];
-        if (!computed(node))
-            continue;
-        const float *p = row_of(x, rule->a, a->nodes[node->a].slot);
-        const float *q = rule->rule == PAIR ? row_of(x, rule->b, b->nodes[node->b].slot) : NULL;
-        float *out = row_of(x, rule->stage, node->slot);
-        if (rule->how == SCALE)
-            k->norm_scale(p, C, x->m->file.eps, out);
-        else if (rule->how == NORM)
-            k->normalize(p, C, *q, x->ln[0], x->ln[1], out);
-        else
-            for (size_t j = 0; j < C; j++)
-                out[j] = p[j] + q[j];
-    }
 }
 
 /* The rows of a prefix, position 0 first: the way up the trie. Returns how many. */
@@ -2700,7 +2615,6 @@ static size_t prefix_rows(const Pass *x, int layer, int prefix_stage, int node,
 static void softmax(const Kernels *k, float *out, size_t n) {
     float most = out[0];
     double sum = 0;
-
     for (size_t i = 1; i < n; i++)
         most = out[i] > most ? out[i] : most;
     k->exponentials(out, n, most);
@@ -2761,35 +2675,11 @@ static void attention_row(const Pass *x, int layer, int stage, int node, size_t 
     }
 }
 
-/* z of all needed rows: each head's pattern times the values of the prefix. */
-static void attend(Pass *x, int layer) {
-    const Stage *z = stage_at(x->p, layer, PATCH_Z);
-    const size_t D = x->m->file.D;
-    const double started = now();
-
-    PARALLEL(team(x->m, (double)z->slots * x->p->T * (double)x->m->file.C), schedule(dynamic, 4))
-    for (int i = 0; i < z->n; i++) {
-        const Node *node = &z->nodes[i];
-        Attention *a = &x->attention[thread_number()];
-        if (!computed(node))
-            continue;
-        const size_t n = prefix_rows(x, layer, V_PREFIX, node->b, a->values);
-        a->prefix = -1;
-        for (size_t h = 0; h < x->m->file.H; h++) {
-            attention_row(x, layer, PATCH_PATTERN, node->a, h, n, a->pattern, a);
-            x->m->kernels->mix(a->pattern, a->values, h * D, n, D,
-                               row_of(x, PATCH_Z, node->slot) + h * D);
-        }
-    }
-    x->seconds_attention += now() - started;
-}
-
 /* hook_result where it is asked for: each head's z times its rows of W_O, without b_O. */
 static patch_status spell_out_results(Pass *x, int layer, patch_error *e) {
     const ModelFile *f = &x->m->file;
     const size_t n = gather(x, stage_at(x->p, layer, PATCH_RESULT), stage_at(x->p, layer, PATCH_Z));
     patch_status s = PATCH_OK;
-
     for (size_t h = 0; n > 0 && h < f->H && s == PATCH_OK; h++) {
         const Rows r = {.n = n, .index = x->index, .ldx = f->C, .ldy = f->H * f->C,
                         .x = x->buffer[PATCH_Z] + h * f->D, .y = x->buffer[PATCH_RESULT] + h * f->C};
@@ -2810,7 +2700,6 @@ static void sum_results(Pass *x, int layer) {
     const ModelFile *f = &x->m->file;
     const Stage *s = stage_at(x->p, layer, PATCH_ATTN_OUT);
     const Stage *result = stage_at(x->p, layer, PATCH_RESULT);
-
     for (int i = 0; i < s->n; i++) {
         const Node *node = &s->nodes[i];
         if (!computed(node) || result->nodes[node->a].edit < 0)
@@ -2825,41 +2714,86 @@ static void sum_results(Pass *x, int layer) {
     }
 }
 
+/* A stage that is one matrix product of the stage it is made of; attn_out is made of z, and no
+   result is spelled out, but where an edit asks for it. */
+static patch_status product(Pass *x, int layer, const StageRule *rule, patch_error *e) {
+    const int from = rule->linear == LINEAR_O ? PATCH_Z : rule->a;
+    const double started = now();
+    Linear l = layer_linear(x->m, (size_t)layer, rule->linear);
+    const Rows r = {.n = gather(x, stage_at(x->p, layer, rule->stage), stage_at(x->p, layer, from)),
+                    .index = x->index, .x = x->buffer[from], .ldx = l.k,
+                    .y = x->buffer[rule->stage], .ldy = l.n};
+    if (l.takes_value_bias)
+        l.shift = x->value_bias;
+    const patch_status s = linear(&x->work, &l, &r, NULL, e);
+    if (l.drop_bias)
+        memcpy(x->value_bias, x->work.bias, l.n * sizeof *x->value_bias);
+    x->seconds_products += now() - started;
+    if (s == PATCH_OK && rule->linear == LINEAR_O)
+        sum_results(x, layer);
+    return s;
+}
+
+/* Compute one row of a stage that goes row by row; 0: a weight cannot be read (EMBED). */
+static int make_row(const Pass *x, int layer, const StageRule *rule, const Node *node) {
+    const Kernels *k = x->m->kernels;
+    const ModelFile *f = &x->m->file;
+    const size_t C = f->C, D = f->D;
+    float *out = row_of(x, rule->stage, node->slot);
+
+    if (rule->how == EMBED) { /* with center_writing_weights each row loses its mean */
+        if (!weights_row(f, &f->tensors[rule->stage == PATCH_POS_EMBED], (size_t)node->a, out,
+                         x->work.pool->a))
+            return 0;
+        const double mean = x->m->steps & DID_CENTER_WRITING ? k->mean(out, C) : 0;
+        for (size_t j = 0; j < C; j++)
+            out[j] = (float)((double)out[j] - mean);
+    } else if (rule->how == ATTEND) { /* z: each head's pattern times the values of the prefix */
+        Attention *a = &x->attention[thread_number()];
+        const size_t n = prefix_rows(x, layer, V_PREFIX, node->b, a->values);
+        a->prefix = -1;
+        for (size_t h = 0; h < f->H; h++) {
+            attention_row(x, layer, PATCH_PATTERN, node->a, h, n, a->pattern, a);
+            k->mix(a->pattern, a->values, h * D, n, D, out + h * D);
+        }
+    } else if (rule->how == ACTIVATE) { /* where mlp_pre stood, which nobody reads any more */
+        k->activate(f->act_fn, out, f->M);
+    } else {
+        const float *p = row_of(x, rule->a, stage_at(x->p, layer, rule->a)->nodes[node->a].slot);
+        const float *q = rule->how == SCALE ? NULL /* else what PAIR pairs it with */
+                         : row_of(x, rule->b, stage_at(x->p, layer, rule->b)->nodes[node->b].slot);
+        if (rule->how == SCALE)
+            k->norm_scale(p, C, f->eps, out);
+        else if (rule->how == NORM)
+            k->normalize(p, C, *q, x->ln[0], x->ln[1], out);
+        else
+            for (size_t j = 0; j < C; j++)
+                out[j] = p[j] + q[j];
+    }
+    return 1;
+}
+
 /* Compute the derived rows of one stage of one layer. */
 static patch_status compute_stage(Pass *x, int layer, const StageRule *rule, patch_error *e) {
-    const size_t M = x->m->file.M;
-    const int inner = stage_at(x->p, layer, PATCH_MLP_PRE)->slots;
-    patch_status s = PATCH_OK;
+    const Stage *s = stage_at(x->p, layer, rule->stage);
+    const double each = (double)x->m->file.C * (rule->how == ATTEND ? x->p->T : 8);
+    const double started = now();
+    int readable = 1;
 
-    switch (rule->how) {
-    case LATER: break;
-    case EMBED:
-        if (!embed(x, rule))
-            return unreadable(x->m, e);
-        break;
-    case NORM:
-        if (!load_norm(x, layer, rule->stage, x->work.scale))
-            return unreadable(x->m, e);
-        each_row(x, layer, rule);
-        break;
-    case SCALE:
-    case ADD:
-        if (!stays(layer, rule))
-            each_row(x, layer, rule);
-        break;
-    case LINEAR:
-        s = product(x, layer, rule, e);
-        if (s == PATCH_OK && rule->linear == LINEAR_O)
-            sum_results(x, layer);
-        break;
-    case ATTEND: attend(x, layer); break;
-    case SPELL_OUT: s = spell_out_results(x, layer, e); break;
-    case ACTIVATE: /* in mlp_pre's place, whose readers have been served */
-        PARALLEL(team(x->m, 8.0 * inner * (double)M), schedule(static))
-        for (int i = 0; i < inner; i++)
-            x->m->kernels->activate(x->m->file.act_fn, x->buffer[PATCH_MLP_PRE] + (size_t)i * M, M);
-    }
-    return s;
+    if (rule->how == LATER || stays(layer, rule))
+        return PATCH_OK;
+    if (rule->how == SPELL_OUT)
+        return spell_out_results(x, layer, e);
+    if (rule->how == LINEAR)
+        return product(x, layer, rule, e);
+    if (rule->how == NORM)
+        readable = load_norm(x, layer, rule->stage, x->work.scale);
+    PARALLEL(rule->how == EMBED ? 1 : team(x->m, s->n * each), schedule(dynamic, 4))
+    for (int i = 0; i < s->n; i++)
+        if (computed(&s->nodes[i]) && !make_row(x, layer, rule, &s->nodes[i]))
+            readable = 0; /* EMBED, which reads the file, has one thread */
+    x->seconds_attention += rule->how == ATTEND ? now() - started : 0;
+    return readable ? PATCH_OK : unreadable(x->m, e);
 }
 
 /* Make the rows that edits make: a copy of the row before, changed in one slice. A row comes after
@@ -2868,7 +2802,6 @@ static void apply_edits(Pass *x, int layer, int stage) {
     const Stage *s = stage_at(x->p, layer, stage);
     const size_t width = hook_width(x->m, stage, 0);
     const size_t part = hook_facts[stage].shape == 'Z' ? x->m->file.D : x->m->file.C; /* a head's */
-
     for (int i = 0; i < s->n; i++) {
         const Node *node = &s->nodes[i];
         if (node->edit < 0 || node->slot < 0)
@@ -2889,7 +2822,6 @@ static void apply_edits(Pass *x, int layer, int stage) {
    destination are masked: -inf and 0. */
 static void read_attention(Pass *x, int layer, const patch_read *r, const int *rows) {
     const size_t T = (size_t)x->p->runs[r->run].n_tokens, n_rows = r->pos < 0 ? T : 1;
-
     for (size_t i = 0; i < n_rows; i++) {
         const size_t n = (r->pos < 0 ? i : (size_t)r->pos) + 1;
         x->attention->prefix = -1;
@@ -2905,7 +2837,6 @@ static void read_attention(Pass *x, int layer, const patch_read *r, const int *r
 /* Hand back what is read at a stage that is done. */
 static void serve_reads(Pass *x, int layer, int stage) {
     const Plan *p = x->p;
-
     for (; x->next_read < p->n_reads; x->next_read++) {
         const Event *event = &p->read_events[x->next_read];
         const patch_read *r = &p->reads[event->index];
@@ -2929,7 +2860,6 @@ static void serve_reads(Pass *x, int layer, int stage) {
 static patch_status pass_begin(Pass *x, const Plan *p, patch_stats *stats, patch_error *e) {
     const size_t T = (size_t)p->T, threads = (size_t)p->m->threads;
     size_t most[BESIDE] = {0}, slots = 1;
-
     *x = (Pass){.p = p, .m = p->m};
     for (int layer = 0; layer < p->m->dims.n_layers; layer++) {
         place_stages(x, layer, most);
@@ -2957,12 +2887,11 @@ static patch_status pass_begin(Pass *x, const Plan *p, patch_stats *stats, patch
 static patch_status run_pass(Pass *x, patch_error *e) {
     size_t most[BESIDE] = {0};
     patch_status s = PATCH_OK;
-
     for (int layer = 0; layer < x->m->dims.n_layers && s == PATCH_OK; layer++) {
         place_stages(x, layer, most);
         for (int k = 0; k < RULES && s == PATCH_OK; k++) {
             const StageRule *rule = &stage_rules[k];
-            if (!stage_exists(x->m, layer, rule) ||
+            if (hook_layer(x->m, rule->stage, layer) != layer ||
                 (s = compute_stage(x, layer, rule, e)) != PATCH_OK)
                 continue;
             if (rule->region != NOWHERE)
@@ -2976,7 +2905,6 @@ static patch_status run_pass(Pass *x, patch_error *e) {
 /* What a plan asks for and what of it has to be computed, in rows of a layer. */
 static void count_rows(const Plan *p, patch_stats *stats) {
     double asked = 0, rows = 0;
-
     for (int r = 0; r < p->n_runs; r++)
         asked += (double)p->runs[r].n_tokens * p->m->dims.n_layers;
     for (int layer = 0; layer < p->m->dims.n_layers; layer++)
@@ -3061,6 +2989,7 @@ patch_status patch_execute(const patch_model *m, const patch_run *runs, size_t n
 /* ---- the cache: run_with_cache ---- */
 
 struct patch_cache {
+    Pool pool; /* all its memory, this struct too */
     patch_allocator allocator;
     size_t n;
     patch_tensor *tensors; /* [n] */
@@ -3075,7 +3004,6 @@ static int in_brackets(const char **glob, char c) {
     const int negated = *g == '!';
     const unsigned char byte = (unsigned char)c;
     int found = 0;
-
     g += negated;
     do {
         if (*g == 0)
@@ -3095,7 +3023,6 @@ static int in_brackets(const char **glob, char c) {
    of the lengths. */
 static int glob_matches(const char *glob, const char *name) {
     const char *star = NULL, *retry = NULL;
-
     while (*name != 0) {
         const char *rest = glob + 1;
         if (*glob == '*') {
@@ -3120,7 +3047,6 @@ static size_t tensor_shape(const Model *m, int hook, size_t B, size_t T, patch_t
     const ModelFile *f = &m->file;
     const char shape = hook_facts[hook].shape;
     const size_t last = shape == 'P' ? T : shape == 'Z' ? f->D : shape == 'R' ? f->C : 1;
-
     t->rank = strchr("ZRP", shape) ? 4 : 3;
     t->shape[0] = B;
     t->shape[1] = shape == 'P' ? f->H : T;
@@ -3169,11 +3095,10 @@ static size_t match_hooks(const Model *m, size_t B, size_t T, const char *const 
 void patch_cache_free(patch_cache *c) {
     if (c == NULL)
         return;
-    const patch_allocator a = c->allocator;
-    give(&a, c->tensors);
-    give(&a, c->names);
-    give(&a, c->data);
-    give(&a, c);
+    const patch_allocator a = c->allocator; /* the model's may be gone, and this goes too */
+    Pool pool = c->pool;
+    pool.a = &a;
+    pool_end(&pool, PATCH_OK);
 }
 
 size_t patch_cache_count(const patch_cache *c) {
@@ -3184,27 +3109,10 @@ patch_tensor patch_cache_get(const patch_cache *c, size_t index) {
     return c->tensors[index];
 }
 
-/* An empty cache of n tensors and so many floats; NULL where memory is out. */
-static patch_cache *cache_begin(const patch_allocator *a, size_t n, size_t floats) {
-    patch_cache *c = take_zeroed(a, 1, sizeof *c);
-    if (c == NULL)
-        return NULL;
-    c->allocator = *a;
-    c->n = n;
-    c->tensors = take_zeroed(a, n, sizeof *c->tensors);
-    c->names = take_zeroed(a, n, sizeof *c->names);
-    c->data = take(a, floats, sizeof *c->data);
-    if (c->tensors && c->names && c->data)
-        return c;
-    patch_cache_free(c);
-    return NULL;
-}
-
 patch_status patch_run_with_cache(const patch_model *m, const int *tokens, size_t n_prompts,
                                   size_t n_tokens, const char *const *globs, size_t n_globs,
                                   size_t *needed, patch_cache **cache, patch_error *e) {
     size_t floats, run = 0;
-    patch_status s = PATCH_OK;
 
     if (cache != NULL)
         *cache = NULL;
@@ -3221,20 +3129,25 @@ patch_status patch_run_with_cache(const patch_model *m, const int *tokens, size_
     if (cache == NULL)
         return PATCH_OK;
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    patch_cache *c = pool_take(&pool, 1, sizeof *c);
     patch_read *reads = pool_take(&pool, n * n_prompts, sizeof *reads);
     patch_run *runs = pool_take(&pool, n_prompts, sizeof *runs);
-    patch_cache *c = reads && runs ? cache_begin(&m->allocator, n, floats) : NULL;
-    if (c == NULL)
+    if (!c || !reads || !runs || !(c->tensors = pool_take(&pool, n, sizeof *c->tensors)) ||
+        !(c->names = pool_take(&pool, n, sizeof *c->names)) ||
+        !(c->data = pool_raw(&pool, floats, sizeof *c->data)))
         return pool_end(&pool, no_memory(e, "cache", floats * sizeof(float)));
     for (; run < n_prompts; run++)
         runs[run] = (patch_run){tokens + run * n_tokens, (int)n_tokens, NULL, 0};
-    match_hooks(m, n_prompts, n_tokens, globs, n_globs, c, reads, &floats);
-    s = patch_execute(m, runs, n_prompts, reads, n * n_prompts, NULL, e);
-    if (s == PATCH_OK)
-        *cache = c;
-    else
-        patch_cache_free(c);
-    return pool_end(&pool, s);
+    c->n = match_hooks(m, n_prompts, n_tokens, globs, n_globs, c, reads, &floats);
+    const patch_status s = patch_execute(m, runs, n_prompts, reads, n * n_prompts, NULL, e);
+    if (s != PATCH_OK)
+        return pool_end(&pool, s);
+    pool_give(&pool, reads);
+    pool_give(&pool, runs);
+    c->pool = pool;
+    c->allocator = m->allocator;
+    *cache = c;
+    return PATCH_OK;
 }
 
 /* ==== 9. Metrics =================================================================================
@@ -3256,7 +3169,6 @@ static int unembed_column(const Work *w, int token, double *column, double *bias
     const float *row = w->panels, *scale = w->scale, *shift = w->scale + f->C;
     const int fold = (w->m->steps & DID_FOLD_LN) != 0;
     double mean = 0;
-
     *bias = 0;
     if (!weights_row(f, unembedding(f), (size_t)token, w->panels, w->pool->a) ||
         (fold && !final_norm(w)))
@@ -3278,7 +3190,6 @@ static int sum_vocabulary(const Work *w, double *sum) {
     const Tensor *t = unembedding(f);
     const long blocks = (long)((f->C + 63) / 64);
     size_t n;
-
     memset(sum, 0, f->C * sizeof *sum);
     for (size_t first = 0; first < f->V; first += n) {
         n = f->V - first < VOCAB_CHUNK ? f->V - first : VOCAB_CHUNK;
@@ -3306,7 +3217,6 @@ static int vocabulary_mean(const Work *w, double *mean, double *bias_mean) {
     const ModelFile *f = &w->m->file;
     const float *scale = w->scale, *shift = w->scale + f->C;
     double of_columns = 0;
-
     *bias_mean = 0;
     memset(mean, 0, f->C * sizeof *mean);
     if (!(w->m->steps & DID_CENTER_UNEMBED))
@@ -3411,7 +3321,6 @@ static patch_status linear_metric(const Question *q, double *values, patch_error
     const Work *w = &q->work;
     const size_t C = w->m->file.C;
     double bias = 0, other_bias = 0;
-
     if (q->metric == PATCH_LOGIT && !vocabulary_mean(w, q->other, &other_bias))
         return unreadable(w->m, e);
     for (size_t i = 0; i < q->n; i++) {
@@ -3437,7 +3346,6 @@ static double log_sum(const Question *q, const float *logits) {
     const size_t V = q->work.m->file.V;
     float most = logits[0];
     double sum = 0;
-
     for (size_t v = 1; v < V; v++)
         most = logits[v] > most ? logits[v] : most;
     memcpy(q->powers, logits, V * sizeof *logits);
@@ -3513,7 +3421,6 @@ static patch_status distribution_metric(const Question *q, double *values, patch
    of all rows remembers who had each last. */
 static int find_same(Pool *pool, Wanted *wanted, const patch_read *reads, size_t n) {
     size_t most = 0;
-
     for (size_t i = 0; i < n; i++)
         most = (size_t)reads[i].id > most ? (size_t)reads[i].id : most;
     int *last = pool_take(pool, most + 1, sizeof *last); /* number of the wanted one + 1 */
