@@ -2391,33 +2391,29 @@ static patch_status check_slice(const Model *m, size_t run, int hook, int layer,
     return PATCH_OK;
 }
 
-static patch_status check_edit(const Model *m, const patch_run *runs, size_t run,
-                               const patch_edit *x, patch_error *e) {
-    const int n = runs[run].n_tokens;
-    WITHIN("operation", x->op, PATCH_COPY, PATCH_SCALE);
-    if (x->op == PATCH_COPY) {
-        WITHIN("source run", x->source, 0, (long)run - 1);
-        WITHIN("length of the source run", runs[x->source].n_tokens, n, n);
-    } else if (x->op != PATCH_SCALE)
-        WITHIN("number of arrays of values", x->values == NULL ? 0 : 1, 1, 1);
-    return check_slice(m, run, (int)x->hook, x->layer, x->pos, x->head, x->src, n, e);
-}
-
 static patch_status check_runs(const Model *m, const patch_run *runs, size_t n_runs,
                                const patch_read *reads, size_t n_reads, patch_error *e) {
-    size_t run = 0;
+    size_t run = 0; /* which one an error names */
     patch_status s = PATCH_OK;
 
     WITHIN("number of runs", n_runs, 0, INT_MAX / 4);
     WITHIN("number of reads", n_reads, 0, INT_MAX / 4);
     for (; run < n_runs && s == PATCH_OK; run++) {
-        const patch_run *r = &runs[run];
-        WITHIN("number of tokens", r->n_tokens, 1, m->dims.n_ctx);
-        WITHIN("number of edits", r->n_edits, 0, INT_MAX / 4);
-        for (int i = 0; i < r->n_tokens; i++)
-            WITHIN("token", r->tokens[i], 0, m->dims.d_vocab - 1);
-        for (int i = 0; i < r->n_edits && s == PATCH_OK; i++)
-            s = check_edit(m, runs, run, &r->edits[i], e);
+        const int n = runs[run].n_tokens;
+        WITHIN("number of tokens", n, 1, m->dims.n_ctx);
+        WITHIN("number of edits", runs[run].n_edits, 0, INT_MAX / 4);
+        for (int i = 0; i < n; i++)
+            WITHIN("token", runs[run].tokens[i], 0, m->dims.d_vocab - 1);
+        for (int i = 0; i < runs[run].n_edits && s == PATCH_OK; i++) {
+            const patch_edit *x = &runs[run].edits[i];
+            WITHIN("operation", x->op, PATCH_COPY, PATCH_SCALE);
+            if (x->op == PATCH_COPY) {
+                WITHIN("source run", x->source, 0, (long)run - 1);
+                WITHIN("length of the source run", runs[x->source].n_tokens, n, n);
+            } else if (x->op != PATCH_SCALE)
+                WITHIN("number of arrays of values", x->values == NULL ? 0 : 1, 1, 1);
+            s = check_slice(m, run, (int)x->hook, x->layer, x->pos, x->head, x->src, n, e);
+        }
     }
     for (size_t i = 0; i < n_reads && s == PATCH_OK; i++) {
         const patch_read *r = &reads[i];
@@ -3574,8 +3570,8 @@ typedef struct Family {
 } Family;
 
 /* Items first .. first + n - 1 in one pass: values [n], and of the bases of all examples touched
-   unpatched [examples,bases] (NULL: not wanted). The runs: all bases, then all items' runs. SIZED:
-   see execute; values and unpatched are left alone. */
+   unpatched [examples,bases] (NULL: not wanted). The runs are all bases, then all items' runs, so
+   that what an item copies from is an earlier run. */
 static patch_status run_group(const Model *m, Pool *pool, const Family *f, size_t first, size_t n,
                               Mode mode, double *values, double *unpatched, patch_stats *stats,
                               patch_error *e) {
@@ -3612,12 +3608,14 @@ static patch_status run_group(const Model *m, Pool *pool, const Family *f, size_
                                       f->metric, mode, found, stats, e);
     if (s != PATCH_OK || mode == SIZED)
         return s;
-    memcpy(values, found + n_bases, n * sizeof *values);
+    if (values != NULL)
+        memcpy(values, found + n_bases, n * sizeof *values);
     if (unpatched != NULL)
-        memcpy(unpatched + bases * from, found, n_bases * sizeof *values);
-    for (size_t i = n_bases; stats != NULL && i < n_bases + n; i++)
-        stats->cells_skipped +=
-            wanted[i].id == wanted[(size_t)wanted[i].clean + (size_t)f->unpatched].id;
+        memcpy(unpatched + bases * from, found, n_bases * sizeof *unpatched);
+    for (const Wanted *w = wanted + n_bases; stats && f->fill_item && w < wanted + n_bases + n; w++) {
+        stats->cells++;
+        stats->cells_skipped += w->id == wanted[w->clean + f->unpatched].id;
+    }
     return PATCH_OK;
 }
 
@@ -3644,16 +3642,13 @@ static patch_status run_family(const Model *m, const Family *f, size_t first, si
     size_t group = first_guess(m, f, limit);
     patch_status s = PATCH_OK;
 
-    if (stats != NULL)
-        stats->cells += (double)(end - first);
     while (first < end && s == PATCH_OK) {
         const size_t some = end - first < group ? end - first : group;
         const double started = now();
+        double *into = values ? values + first : NULL;
         patch_stats tried = stats ? *stats : (patch_stats){0};
         Pool pool = pool_begin(&m->allocator, limit);
-
-        s = pool_end(&pool, run_group(m, &pool, f, first, some, SHARED, values + first, unpatched,
-                                      stats ? &tried : NULL, e));
+        s = pool_end(&pool, run_group(m, &pool, f, first, some, SHARED, into, unpatched, &tried, e));
         if (s == PATCH_E_MEMORY && some > 1) {
             group = (some + 1) / 2;
             s = PATCH_OK;
@@ -3662,14 +3657,14 @@ static patch_status run_family(const Model *m, const Family *f, size_t first, si
             continue;
         }
         if (s == PATCH_E_MEMORY && m->options.max_memory > 0) {
-            Pool sized = pool_begin(&m->allocator, SIZE_MAX / 2);
-            s = too_little(m, &sized, run_group(m, &sized, f, first, 1, SIZED, NULL, NULL, NULL, NULL),
-                           e);
+            pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+            s = run_group(m, &pool, f, first, 1, SIZED, NULL, NULL, NULL, NULL);
+            s = too_little(m, &pool, s, e);
         }
         if (s == PATCH_OK && stats != NULL)
             *stats = tried;
         if (s == PATCH_OK && done != NULL)
-            s = done(ctx, first, some, values + first, e);
+            s = done(ctx, first, some, into, e);
         first += some;
     }
     return s;
@@ -3728,25 +3723,15 @@ patch_status patch_cells(const patch_model *m, const patch_example *x, size_t n,
 /* A family without edits: one item an example, the clean run itself. */
 patch_status patch_measure(const patch_model *m, const patch_example *x, size_t n,
                            patch_metric metric, double *out, patch_stats *stats, patch_error *e) {
-    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    double *values = pool_take(&pool, n, sizeof *values);
     const Family f = {.x = x, .n = n, .per_example = 1, .bases = 2, .item_runs = 1,
                       .metric = metric, .fill_bases = fill_both};
-    patch_stats counted = stats ? *stats : (patch_stats){0};
     patch_status s = check_examples(m, x, n, metric, 0, e);
-
     if (s == PATCH_OK)
-        s = values == NULL ? no_memory(e, "metric", pool.refused)
-                           : run_family(m, &f, 0, n, values, out, NULL, NULL, &counted, e);
+        s = run_family(m, &f, 0, n, NULL, out, NULL, NULL, stats, e);
     for (size_t i = 0; s == PATCH_OK && i < n; i++)
         if (x[i].corrupted == NULL)
             out[2 * i + 1] = (double)NAN;
-    if (stats != NULL) { /* there are no cells here */
-        counted.cells = stats->cells;
-        counted.cells_skipped = stats->cells_skipped;
-        *stats = counted;
-    }
-    return pool_end(&pool, s);
+    return s;
 }
 
 /* ---- the sweeps of transformer_lens.patching, a line each ---- */
