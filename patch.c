@@ -1843,9 +1843,20 @@ typedef enum Rule {
     PREFIX /* the rows of stage a at positions 0..t */
 } Rule;
 
-/* STREAM holds the residual stream between layers, MID that between attention and MLP, OUT what is
-   normalised or about to be added, WIDE the MLP's inner rows and before them q, k, v and z, side by
-   side (BESIDE). By the time a stage writes to a region, nobody reads what stood there. */
+/* Where a layer's rows stand. By the time a stage writes to a region, nobody reads what stood
+   there:
+
+       stage          STREAM        MID          OUT             WIDE
+       resid_pre      resid_pre
+       ln1            |                          normalized      scale
+       q k v z        |                          |               q k v z, side by side (BESIDE)
+       attn_out       |                          attn_out
+       resid_mid      |             resid_mid
+       ln2                          |            normalized      scale
+       mlp                          |            mlp_out         mlp_pre, in its place mlp_post
+       resid_post     resid_post, which the next layer finds as its resid_pre
+
+   RESULTS, [H,C] a row, is larger than all of these together, and empty unless somebody asks. */
 typedef enum Region { NOWHERE, STREAM, MID, OUT, WIDE, RESULTS, BESIDE } Region;
 
 /* LATER: scores and patterns are made when z is; prefixes are only lists. */
@@ -1859,7 +1870,10 @@ typedef struct StageRule {
     int linear; /* LINEAR: which matrix */
 } StageRule;
 
-/* RESID_PRE of a later layer is the RESID_POST of the one before, and stays in its place. */
+/* Read a line as: q is made of one row of ln1_normalized, beside others in WIDE, by a product
+   with W_Q; z of a row of the pattern and a prefix of values. RESID_PRE of a later layer is the
+   RESID_POST of the one before, and stays in its place. ATTN_OUT is made of RESULT, but computed
+   from Z where no result is edited. */
 static const StageRule stage_rules[] = {
     {PATCH_EMBED, 0, 0, LEAF, OUT, EMBED, 0},
     {PATCH_POS_EMBED, 0, 0, LEAF, MID, EMBED, 0},
@@ -1932,16 +1946,16 @@ int patch_hook_name(patch_hook hook, int layer, char *name, size_t capacity) {
 }
 
 /* ==== 8. The engine ==============================================================================
-   A sweep asks for hundreds of forward passes that differ in one slice of one activation each. Done
-   one by one, nearly all of the work repeats bit for bit. The engine takes all of these runs at
-   once, works out on integers alone what is different at all, and computes just that.
+   A sweep asks for hundreds of forward passes that differ in one slice of one activation each.
+   Done one by one, nearly all of the work repeats bit for bit. The engine takes all of these
+   runs at once, works out on integers alone what is different at all, and computes just that.
 
-   RUNS ARE TABLES. A run is a table, position -> row, for each stage of each layer. A row is known
-   by what it is made of (chapter 7's rules), and what is made of the same is the same row. Rows are
-   *interned*, as a compiler interns strings: intern() looks up "stage, a, b" in a hash table and
-   returns the number of the row that is already there, or of a new one. Here are the prompts "a b c"
-   (clean) and "a x c" (corrupted), and two cells of a sweep, the corrupted run with resid_pre of
-   layer 1 copied from the clean one at position 1, and at position 0:
+   RUNS ARE TABLES. A run is a table, position -> row, for each stage of each layer. A row is
+   known by what it is made of (chapter 7's rules), and what is made of the same is the same row.
+   Rows are *interned*, as a compiler interns strings: intern() looks up "stage, a, b" in a hash
+   table and returns the number of the row that is already there, or of a new one. Here are the
+   prompts "a b c" (clean) and "a x c" (corrupted), and two cells of a sweep, the corrupted run
+   with resid_pre of layer 1 copied from the clean one at position 1, and at position 0:
 
                      layer 0                                 layer 1
                      resid_pre    prefixes     resid_post    resid_pre     prefixes     resid_post
@@ -1950,47 +1964,48 @@ int patch_hook_name(patch_hook hook, int layer, char *name, size_t capacity) {
        pos 1          .  .  .     .  .  .       .  .  .       0 [1] 4      p0 p1 p5      0  1  5
        pos 0          .  .  .     .  .  .       .  .  .       .  .  .      .  .  .       .  .  .
 
-   Position 2 holds the same token in both prompts, hence begins as the same row. Attention is what
-   tells it apart: it makes z of position t out of one row of q and *all* keys and values 0..t. A
-   walk through a trie, keyed by (node so far, next row), makes each such prefix a single number too,
-   and (q, prefix) a pair like any other. The prefixes of layer 1:
+   Position 2 holds the same token in both prompts, hence begins as the same row. Attention is
+   what tells it apart: it makes z of position t out of one row of q and *all* keys and values
+   0..t. A walk through a trie, keyed by (node so far, next row), makes each such prefix a single
+   number too, and (q, prefix) a pair like any other. The prefixes of layer 1:
 
        p0 --- p1 --- p2       clean
         \      \____ p5       pos 1: the clean run's keys 0 and 1, then its own
          \___ p3 --- p4       corrupted
 
    "pos 1" wrote its edit by setting table[1] to the clean run's row: no float is copied. It owes
-   layer 1 one row, number 5, as everything at positions 0 and 1 is the clean run's. "pos 0" copied a
-   row onto itself: its table is the corrupted run's, and it never costs anything. Four runs of three
-   tokens and two layers, 24 rows in all, are 5 + 6 rows; and nothing was compared but integers.
+   layer 1 one row, number 5, as everything at positions 0 and 1 is the clean run's. "pos 0"
+   copied a row onto itself: its table is the corrupted run's, and it never costs anything. Four
+   runs of three tokens and two layers, 24 rows in all, are 5 + 6 rows; and nothing was compared
+   but integers.
 
    EDITS. An edit that does not take a whole vector over makes a row of (row before, kind of edit,
    its content), never of the run's number, so that equal edits too are one row. Then it all follows
-   by itself. Patching a run with itself is the run. Patching every position of resid_pre makes all
-   later tables the clean run's. A q edit makes one new row; a k or v edit new prefixes, hence new
-   rows at all later positions; where z is replaced whole, q and prefix leave the row's making, and
-   what they were is no longer computed.
+   by itself. Patching a run with itself is the run (but for hook_result: edited_row). Patching every
+   position of resid_pre makes all later tables the clean run's. A q edit makes one new row; a k or
+   v edit new prefixes, hence new rows at all later positions; where z is replaced whole, q and
+   prefix leave the row's making, and what they were is no longer computed.
 
-   TRACKS. Most runs are, most of the way, the unedited run of the same tokens, their *class*. A run
-   is not even walked until an edit changes one of its tables (the dots above); then it gets a track,
-   tables of its own, walked only from the first position that changed.
+   TRACKS. Most runs are, most of the way, the unedited run of the same tokens, their *class*. A
+   run is not even walked until an edit changes one of its tables (the dots above); then it gets
+   a track, tables of its own, walked only from the first position that changed.
 
-   ONLY WHAT IS READ. From the reads, backwards through the layers, each needed row marks the rows
-   that it is made of; the rest is struck out. A sweep reads the last position behind the last layer:
-   so the last layer computes its queries, its MLP and its residual stream for that position alone,
-   and its keys and values for all, without a line of code that says so.
+   ONLY WHAT IS READ. From the reads, backwards through the layers, each needed row marks the
+   rows that it is made of; the rest is struck out. A sweep reads the last position behind the
+   last layer: so the last layer computes its queries, its MLP and its residual stream for that
+   position alone, and its keys and values for all, without a line of code that says so.
 
    ONE PASS. Layer by layer, stage by stage, the rows that are left, of all runs, go through each
    matrix together, as one [R,C]: the weights are read once for all runs, and the product has
    hundreds of rows instead of a prompt's sixteen, which is what makes it fast.
 
        plan:  tables -> nodes -> needed? -> slots       no float is touched
-       pass:  rows of the stage before [slots,C] --gather--> x W + b --> rows of this stage [slots,n]
+       pass:  rows of the stage before [slots,C] --gather--> x W + b --> this stage's [slots,n]
 
    THE SAME BITS. A row's numbers depend on its making alone (chapter 5: one order of summation,
-   whatever stands in the matrix beside it), so each run's are those that it has alone. With sharing
-   off (UNSHARED) every position of every run is a row and all are computed: the same code, slowly,
-   as the reference that the tests and --brute hold the rest against. */
+   whatever stands in the matrix beside it), so each run's are those that it has alone. With
+   sharing off (UNSHARED) every position of every run is a row and all are computed: the same
+   code, slowly, as the reference that the tests and --brute hold the rest against. */
 
 /* A row, or a prefix. Made by its stage's rule: a and b are rows of the rule's stages (LEAF: a is
    the token or position; PREFIX: a is the prefix one shorter, b the new row). Made by an edit (edit
@@ -2010,8 +2025,8 @@ typedef struct Stage {
     int edited; /* an edit has changed a table here */
 } Stage;
 
-/* A run's way through the layers: tables of its own, or (the first ones: classes) shared by all runs
-   that follow it. */
+/* A run's way through the layers: tables of its own, or (the first ones: classes) shared by all
+   runs that follow it. */
 typedef struct Track {
     const int *tokens;
     int n_tokens;
@@ -2059,7 +2074,10 @@ static const patch_edit *edit_of(const Plan *p, int event) {
     return &p->runs[p->edits[event].run].edits[p->edits[event].index];
 }
 
-/* ---- interning ---- */
+/* ---- interning ----
+   One hash table serves all stages, one after the other: rows of two stages are never the same. It
+   holds numbers of nodes, as the nodes themselves tell what they are made of; a collision moves on
+   to the next place. At most half of it is full. */
 
 /* The first of an edit's values at a position. */
 static const float *edit_values(const patch_edit *e, int pos) {
@@ -2154,9 +2172,13 @@ static int intern(Plan *p, Stage *s, int a, int b, int edit) {
     return *place - 1;
 }
 
-/* ---- one stage of all runs ---- */
+/* ---- one stage of all runs ----
+   For each stage of each layer, in order: derive_stage makes the rows that its rule makes and fills
+   the tables; edit_stage replaces entries of the edited runs' tables; note_reads writes down what
+   the reads of this stage see. A function that returns an int returns 0 where memory is out. */
 
-/* A track's own table at a stage. */
+/* A track's own table at a stage. Each layer writes over the one before: what a later layer
+   needs of it, nodes remember. */
 static int *own_table(Plan *p, int stage, int track) {
     const size_t tracks = (size_t)(p->n_classes + p->n_runs);
     if (p->store[stage] == NULL)
@@ -2235,21 +2257,23 @@ static int edited_row(Plan *p, Stage *s, int stage, int base, int event, int pos
     return intern(p, s, whole && e->op <= PATCH_SET ? -1 : base, source, event);
 }
 
-/* Apply one run's edits at one stage: events first..last-1. Only if a table entry changes does a
-   run that followed its class leave it. */
-static int edit_run(Plan *p, int layer, int stage, int first, int last) {
-    Stage *s = stage_at(p, layer, stage);
-    const int run = p->edits[first].run;
-    int track = p->track_of[run], changed = 0;
+/* Apply the next run's edits at a stage. Only if a table entry changes does a run that followed its
+   class leave it. */
+static int edit_run(Plan *p, Stage *s, int at) {
+    const int run = p->edits[p->next_edit].run, stage = at % STAGES;
+    int track = p->track_of[run], changed = 0; /* changed: the first position that is */
     const int n = p->tracks[track].n_tokens;
     const int *before = p->table[stage][track];
+    const Event *event;
 
     memcpy(p->scratch, before, (size_t)n * sizeof *before);
-    for (int event = first; event < last; event++) {
-        const int at = edit_of(p, event)->pos, end = at < 0 ? n : at + 1;
-        for (int pos = at < 0 ? 0 : at; pos < end; pos++)
-            if ((p->scratch[pos] = edited_row(p, s, stage, p->scratch[pos], event, pos)) < 0)
+    while (p->next_edit < p->n_edits && (event = &p->edits[p->next_edit])->at == at &&
+           event->run == run) {
+        const int pos = edit_of(p, p->next_edit)->pos, end = pos < 0 ? n : pos + 1;
+        for (int i = pos < 0 ? 0 : pos; i < end; i++)
+            if ((p->scratch[i] = edited_row(p, s, stage, p->scratch[i], p->next_edit, i)) < 0)
                 return 0;
+        p->next_edit++;
     }
     while (changed < n && p->scratch[changed] == before[changed])
         changed++;
@@ -2275,17 +2299,11 @@ static int edit_run(Plan *p, int layer, int stage, int first, int last) {
 
 /* Apply all edits at one stage, run by run: a source is always an earlier run, so its table is
    done. */
-static int edit_stage(Plan *p, int layer, int stage) {
-    const int at = layer * STAGES + stage;
-    int ok = p->next_edit == p->n_edits || p->edits[p->next_edit].at != at ||
-             hash_stage(p, stage_at(p, layer, stage));
-    while (ok && p->next_edit < p->n_edits && p->edits[p->next_edit].at == at) {
-        const int first = p->next_edit;
-        while (p->next_edit < p->n_edits && p->edits[p->next_edit].at == at &&
-               p->edits[p->next_edit].run == p->edits[first].run)
-            p->next_edit++;
-        ok = edit_run(p, layer, stage, first, p->next_edit);
-    }
+static int edit_stage(Plan *p, int at) {
+    Stage *s = &p->stages[at];
+    int ok = 1;
+    for (int n = 0; ok && p->next_edit < p->n_edits && p->edits[p->next_edit].at == at; n++)
+        ok = (n > 0 || hash_stage(p, s)) && edit_run(p, s, at);
     return ok;
 }
 
@@ -2311,9 +2329,12 @@ static void note_reads(Plan *p, int at) {
     }
 }
 
-/* ---- what is needed ---- */
+/* ---- what is needed ----
+   The plan so far holds every row of every run. Most sweeps read no more than a row a run, at the
+   end: what these are not made of, directly or through others, is struck out. */
 
-/* One needed node needs what it is made of. */
+/* One needed node needs what it is made of: for an edit that is the row before, where anything
+   of it is left, and the row copied from; both stand in the same stage. */
 static void need_parents(const Plan *p, int layer, const StageRule *rule, Stage *s, const Node *n) {
     const Stage *result = stage_at(p, layer, PATCH_RESULT);
     if (n->edit >= 0) {
@@ -2331,8 +2352,8 @@ static void need_parents(const Plan *p, int layer, const StageRule *rule, Stage 
     }
 }
 
-/* Backwards from what is read, which is marked already: mark what it needs. Within a stage a node is
-   made of earlier ones, so that they too are met after it. */
+/* Backwards from what is read, which is marked already: mark what it needs. Within a stage a
+   node is made of earlier ones, so that they too are met after it. */
 static void mark_needed(Plan *p) {
     for (int layer = p->m->dims.n_layers - 1; layer >= 0; layer--)
         for (int k = RULES - 1; k >= 0; k--) {
@@ -2437,7 +2458,8 @@ static int place_of(const Plan *p, patch_hook hook, int layer) {
     return hook_layer(p->m, (int)hook, layer) * STAGES + (int)hook;
 }
 
-/* List edits and reads by layer and stage. */
+/* List edits and reads by layer and stage, in which order plan and pass come by: at each stage the
+   next ones in the list are the ones for it, or there are none. */
 static int index_events(Plan *p) {
     size_t n_edits = 0, n_rows = 0, reads = (size_t)p->n_reads;
     int rows = 0;
@@ -2493,7 +2515,8 @@ static int make_classes(Plan *p) {
     return 1;
 }
 
-/* Plan all runs; fails only for want of memory. */
+/* Plan all runs: forwards to make rows, backwards to mark them, forwards to number them. Fails only
+   for want of memory. */
 static int plan_runs(Plan *p) {
     const int n_layers = p->m->dims.n_layers;
     p->stages = pool_take(p->pool, (size_t)n_layers * STAGES, sizeof *p->stages);
@@ -2509,7 +2532,7 @@ static int plan_runs(Plan *p) {
             const int stage = stage_rules[k].stage;
             if (hook_layer(p->m, stage, layer) != layer) /* it is in another one */
                 continue;
-            if (!derive_stage(p, layer, &stage_rules[k]) || !edit_stage(p, layer, stage))
+            if (!derive_stage(p, layer, &stage_rules[k]) || !edit_stage(p, layer * STAGES + stage))
                 return 0;
             note_reads(p, layer * STAGES + stage);
         }
@@ -2518,7 +2541,10 @@ static int plan_runs(Plan *p) {
     return 1;
 }
 
-/* ---- the pass ---- */
+/* ---- the pass ----
+   All is decided; what is left is to compute each stage's rows in slots 0..slots-1 of its buffer:
+   first those of the stage's rule, in bulk, from the buffers of the stages that they are made of,
+   then those of edits, one by one, from rows of the same buffer. */
 
 /* Scratch of one thread for one row of attention. */
 typedef struct Attention {
@@ -2623,15 +2649,19 @@ static void softmax(const Kernels *k, float *out, size_t n) {
     }
 }
 
-/* What an edit does to a slice y [n]. from [n]: the source's slice or the values; SCALE has none. */
+/* What an edit does to a slice y [n]. from [n]: the source's slice or the values; SCALE has
+   none. */
 static void edit_slice(const patch_edit *e, const float *from, float *y, size_t n) {
     for (size_t j = 0; j < n; j++)
         y[j] = e->op == PATCH_SCALE ? y[j] * e->factor
                : e->op == PATCH_ADD ? y[j] + from[j] : from[j];
 }
 
-/* One head's row of scores or pattern, out [n], n sources, of a node of that stage: computed when it
-   is asked for, edits included, so that neither ever needs a buffer. */
+/* One head's row of scores or pattern, out [n], n sources, of a node of that stage: computed
+   when it is asked for, edits included, so that neither ever needs a buffer. The calls follow
+   the making: an edited pattern asks for the pattern before the edit, that for its scores, these
+   for q and the prefix of keys. Sources behind the destination do not exist, so n is position +
+   1. */
 static void attention_row(const Pass *x, int layer, int stage, int node, size_t head, size_t n,
                           float *out, Attention *scratch) {
     const Node *nd = &stage_at(x->p, layer, stage)->nodes[node];
@@ -2671,14 +2701,16 @@ static void attention_row(const Pass *x, int layer, int stage, int node, size_t 
     }
 }
 
-/* hook_result where it is asked for: each head's z times its rows of W_O, without b_O. */
+/* hook_result [H,C] of the rows where it is asked for: each head's z times its D rows of W_O,
+   without b_O; H products, together as much work as the one for attn_out. */
 static patch_status spell_out_results(Pass *x, int layer, patch_error *e) {
     const ModelFile *f = &x->m->file;
     const size_t n = gather(x, stage_at(x->p, layer, PATCH_RESULT), stage_at(x->p, layer, PATCH_Z));
     patch_status s = PATCH_OK;
     for (size_t h = 0; n > 0 && h < f->H && s == PATCH_OK; h++) {
         const Rows r = {.n = n, .index = x->index, .ldx = f->C, .ldy = f->H * f->C,
-                        .x = x->buffer[PATCH_Z] + h * f->D, .y = x->buffer[PATCH_RESULT] + h * f->C};
+                        .x = x->buffer[PATCH_Z] + h * f->D,
+                        .y = x->buffer[PATCH_RESULT] + h * f->C};
         Linear l = layer_linear(x->m, (size_t)layer, LINEAR_O);
         l.k = f->D;
         l.first_row = h * f->D;
@@ -2690,8 +2722,8 @@ static patch_status spell_out_results(Pass *x, int layer, patch_error *e) {
 }
 
 /* attn_out of the rows whose heads' results were edited: their sum, and b_O, which the product
-   before has left in the scratch. Only those: for all others one product is several times less
-   work, though their last bits would be the heads' sum's otherwise. */
+   before has left in the scratch. Only of those: for all others that product is attn_out, since to
+   spell out their results would double its work. The last bits of the two ways differ. */
 static void sum_results(Pass *x, int layer) {
     const ModelFile *f = &x->m->file;
     const Stage *s = stage_at(x->p, layer, PATCH_ATTN_OUT);
@@ -2722,7 +2754,7 @@ static patch_status product(Pass *x, int layer, const StageRule *rule, patch_err
     if (l.takes_value_bias)
         l.shift = x->value_bias;
     const patch_status s = linear(&x->work, &l, &r, NULL, e);
-    if (l.drop_bias)
+    if (l.drop_bias) /* v's, which the same layer's W_O adds instead: fold_value_biases */
         memcpy(x->value_bias, x->work.bias, l.n * sizeof *x->value_bias);
     x->seconds_products += now() - started;
     if (s == PATCH_OK && rule->linear == LINEAR_O)
@@ -2730,7 +2762,8 @@ static patch_status product(Pass *x, int layer, const StageRule *rule, patch_err
     return s;
 }
 
-/* Compute one row of a stage that goes row by row; 0: a weight cannot be read (EMBED). */
+/* Compute one row of a stage that goes row by row; 0: a weight cannot be read (EMBED). Rows do not
+   know of each other: threads may take them in any order. */
 static int make_row(const Pass *x, int layer, const StageRule *rule, const Node *node) {
     const Kernels *k = x->m->kernels;
     const ModelFile *f = &x->m->file;
@@ -2940,8 +2973,8 @@ static patch_status execute(const Model *m, Pool *pool, const patch_run *runs, s
 
 /* ---- bounded memory ---- */
 
-/* What max_memory has to hold beside plan and rows: the largest mapped matrix, the program, and what
-   the tokenizer takes. */
+/* What max_memory has to hold beside plan and rows: the largest mapped matrix, the program, and
+   what the tokenizer takes. */
 static size_t fixed_memory(const Model *m) {
     const size_t C = m->file.C, M = m->file.M > 3 * C ? m->file.M : 3 * C;
     return C * M * sizeof(float) + ((size_t)6 << 20) + m->file.tokenizer_bytes * 2 +
@@ -2954,16 +2987,16 @@ static size_t memory_limit(const Model *m, size_t standard) {
     return bound == 0 ? standard : bound > fixed ? bound - fixed : 0;
 }
 
-/* The error of a call for which max_memory is too small. sized: the pool of the same call, or of its
-   first piece, done SIZED without the bound; s its status. It has held the most that the piece
-   takes; an eighth is for other pieces, which differ a little. Where the bound would have done, the
-   allocator was at fault, and the error stays as it is. */
+/* The error of a call for which max_memory is too small. sized: the pool of the same call, or of
+   its first piece, done SIZED without the bound; s its status. It has held the most that the
+   piece takes; an eighth is for other pieces, which differ a little. Where the bound would have
+   done, the allocator was at fault, and the error stays as it is. */
 static patch_status too_little(const Model *m, Pool *sized, patch_status s, patch_error *e) {
     const size_t limit = memory_limit(m, SIZE_MAX), enough = sized->peak + sized->peak / 8;
     if (s == PATCH_OK && sized->peak > limit)
         fail(e, PATCH_E_MEMORY, "max_memory",
-             "%.2f MB are refused to the smallest piece of work: of %.2f MB the model and the program "
-             "leave %.2f MB; give %luK or more",
+             "%.2f MB are refused to the smallest piece of work: of %.2f MB the model and the "
+             "program leave %.2f MB; give %luK or more",
              (double)sized->peak / 1e6, (double)m->options.max_memory / 1e6, (double)limit / 1e6,
              (unsigned long)((fixed_memory(m) + enough + 1023) / 1024));
     return pool_end(sized, PATCH_E_MEMORY);
@@ -2972,17 +3005,18 @@ static patch_status too_little(const Model *m, Pool *sized, patch_status s, patc
 patch_status patch_execute(const patch_model *m, const patch_run *runs, size_t n_runs,
                            patch_read *reads, size_t n_reads, patch_stats *stats, patch_error *e) {
     Pool pool = pool_begin(&m->allocator, memory_limit(m, SIZE_MAX / 2));
-    const patch_status s =
-        pool_end(&pool, execute(m, &pool, runs, n_runs, reads, n_reads, SHARED, stats, e));
-
+    patch_status s = execute(m, &pool, runs, n_runs, reads, n_reads, SHARED, stats, e);
+    pool_end(&pool, s);
     if (s != PATCH_E_MEMORY || m->options.max_memory == 0)
         return s;
-    Pool sized = pool_begin(&m->allocator, SIZE_MAX / 2);
-    return too_little(m, &sized, execute(m, &sized, runs, n_runs, reads, n_reads, SIZED, NULL, NULL),
-                      e);
+    pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    s = execute(m, &pool, runs, n_runs, reads, n_reads, SIZED, NULL, NULL);
+    return too_little(m, &pool, s, e);
 }
 
-/* ---- the cache: run_with_cache ---- */
+/* ---- the cache: run_with_cache ----
+   One run a prompt, and for each hook point that a glob matches a read of all its positions, into
+   one array behind the other: nothing more is needed. */
 
 struct patch_cache {
     Pool pool; /* all its memory, this struct too */
@@ -3147,10 +3181,18 @@ patch_status patch_run_with_cache(const patch_model *m, const int *tokens, size_
 }
 
 /* ==== 9. Metrics =================================================================================
-   What is asked of a run's final row x [C], that of the last position behind the final LayerNorm:
-   logits = x . W_U + b_U. A logit difference needs two columns of W_U, and is taken in double, as
-   x . (W_U[answer] - W_U[wrong]); the mean over the vocabulary (center_unembed) cancels there.
-   Probabilities need all columns: those go through `linear`, 128 rows at a time. */
+   What is asked of a run's final row x [C], that of the last position behind the final
+   LayerNorm: logits = x . W_U + b_U. A logit difference needs two columns of W_U, and is taken
+   in double, as x . (W_U[answer] - W_U[wrong]); the mean over the vocabulary (center_unembed)
+   cancels there. Probabilities need all columns: those go through `linear`, 128 rows at a time.
+
+       logit_diff   x . (u_answer - u_wrong)         logit   x . (u_answer - mean over v of u_v)
+       logprob      logit[answer] - ln sum_v e^logit[v]      prob   its exponential
+       kl           sum_v p_clean[v] (ln p_clean[v] - ln p[v])
+       rank         how many v have logit[v] > logit[answer]
+
+   u_v is column v of W_U with the final LayerNorm folded in (chapter 6, step 1), in double.
+   Where the model is processed otherwise, the same lines hold with what it has. */
 
 /* The final LayerNorm's weight [C] and bias [C] into the scratch's scale. */
 static int final_norm(const Work *w) {
@@ -3207,8 +3249,10 @@ static int sum_vocabulary(const Work *w, double *sum) {
     return 1;
 }
 
-/* center_unembed: the mean column of the processed W_U into mean [C], and the mean of b_U. The mean
-   over v of scale[k] W[v][k] - (1/C) sum_k scale[k] W[v][k] follows from W's own sums over v. */
+/* center_unembed: the mean column of the processed W_U into mean [C], and the mean of b_U; zeros
+   where it is off. With fold_ln column v is u_v[k] = scale[k] W[v][k] - (1/C) sum_k scale[k]
+   W[v][k], whose mean over v follows from W's own sums over v, so that the weights are read once
+   and not twice. */
 static int vocabulary_mean(const Work *w, double *mean, double *bias_mean) {
     const ModelFile *f = &w->m->file;
     const float *scale = w->scale, *shift = w->scale + f->C;
@@ -3235,7 +3279,8 @@ static int vocabulary_mean(const Work *w, double *mean, double *bias_mean) {
     return 1;
 }
 
-/* logits [n,V] of n rows; index as in Rows; mean [C] and bias_mean as vocabulary_mean makes them. */
+/* logits [n,V] of n rows; index as in Rows; mean [C] and bias_mean as vocabulary_mean makes
+   them. */
 static patch_status all_logits(const Work *w, const float *rows, const int *index, size_t n,
                                const double *mean, double bias_mean, float *logits,
                                patch_error *e) {
@@ -3311,8 +3356,8 @@ static patch_status question_begin(Question *q, const Model *m, Pool *pool, patc
                ? work_begin(&q->work, m, pool, stats, e) : no_memory(e, "metric", pool->refused);
 }
 
-/* The logit of the answer, or its difference from the wrong answer's: values [n]. The logit alone is
-   a difference too, from the vocabulary's mean. */
+/* The logit of the answer, or its difference from the wrong answer's: values [n]. The logit
+   alone is a difference too, from the vocabulary's mean. */
 static patch_status linear_metric(const Question *q, double *values, patch_error *e) {
     const Work *w = &q->work;
     const size_t C = w->m->file.C;
@@ -3464,7 +3509,15 @@ static patch_status score_runs(const Model *m, Pool *pool, const patch_run *runs
    A sweep is a list of cells. For each example and cell there is one run more: the corrupted prompt
    with the clean run's activation put in (denoising), or the other way round (noising). All of them
    are given to the engine at once, or in groups where memory is bounded; what they share, and what
-   costs nothing, it finds out by itself. */
+   costs nothing, it finds out by itself.
+
+       denoising    clean run ------------ activation of the cell ---.      "does it suffice to
+                    corrupted run ----------------------------------(=)---  bring the answer back?"
+       noising      the same with the two runs' parts exchanged:            "is it needed for it?"
+
+   There are two ways through this chapter. The plain one does what the TransformerLens notebook
+   does, a whole pass a cell with cached values set, and is the reference: the tests hold the fast
+   one's numbers equal to it bit for bit. */
 
 enum { STANDARD_LIMIT = 192 << 20 }; /* bytes of plan and rows where max_memory does not say */
 
@@ -3551,7 +3604,15 @@ static patch_status brute_items(const Model *m, const patch_example *examples,
 /* ---- the fast way ---- */
 
 /* A family of runs, which is what every analysis is made of: `bases` runs an example (its clean run
-   first), and on them items, each one or more runs with edits, the last of which is measured. */
+   first), and on them items, each one or more runs with edits, the last of which is measured. A
+   group of four items, two of each of two examples, with two bases and one run an item, is
+
+       run    0        1            2        3            4        5        6        7
+              clean 0  corrupted 0  clean 1  corrupted 1  item 0   item 1   item 0   item 1
+                                                          `--- example 0    `--- example 1
+
+   The last item of one group and the first of the next may belong to one example, whose bases are
+   then computed in both. */
 typedef struct Family {
     const patch_example *x;
     size_t n, per_example; /* examples, items of each */
@@ -3612,15 +3673,15 @@ static patch_status run_group(const Model *m, Pool *pool, const Family *f, size_
         memcpy(values, found + n_bases, n * sizeof *values);
     if (unpatched != NULL)
         memcpy(unpatched + bases * from, found, n_bases * sizeof *unpatched);
-    for (const Wanted *w = wanted + n_bases; stats && f->fill_item && w < wanted + n_bases + n; w++) {
+    for (size_t i = n_bases; stats && f->fill_item && i < n_bases + n; i++) {
         stats->cells++;
-        stats->cells_skipped += w->id == wanted[w->clean + f->unpatched].id;
+        stats->cells_skipped += wanted[i].id == wanted[wanted[i].clean + f->unpatched].id;
     }
     return PATCH_OK;
 }
 
-/* How many items to try first: 16 times as many as would fit if they shared nothing. Too many costs
-   no more than a plan that is given up. */
+/* How many items to try first: 16 times as many as would fit if they shared nothing (in an IOI
+   sweep they share nearly all). Too many costs no more than a plan that is given up. */
 static size_t first_guess(const Model *m, const Family *f, size_t limit) {
     size_t T = 1;
     for (size_t i = 0; i < f->n; i++)
@@ -3632,9 +3693,9 @@ static size_t first_guess(const Model *m, const Family *f, size_t limit) {
 typedef patch_status (*Done)(void *ctx, size_t first, size_t count, const double *values,
                              patch_error *e);
 
-/* Items first .. end - 1 in as few passes as the memory allows; values [n,per_example]. A group that
-   does not fit is given up and halved. The stats count what was of use; of what was given up, which
-   as a rule is a plan and no pass, the time alone, as it did pass. */
+/* Items first .. end - 1 in as few passes as the memory allows; values [n,per_example]. A group
+   that does not fit is given up and halved. The stats count what was of use; of what was given
+   up, which as a rule is a plan and no pass, the time alone, as it did pass. */
 static patch_status run_family(const Model *m, const Family *f, size_t first, size_t end,
                                double *values, double *unpatched, Done done, void *ctx,
                                patch_stats *stats, patch_error *e) {
@@ -3648,7 +3709,8 @@ static patch_status run_family(const Model *m, const Family *f, size_t first, si
         double *into = values ? values + first : NULL;
         patch_stats tried = stats ? *stats : (patch_stats){0};
         Pool pool = pool_begin(&m->allocator, limit);
-        s = pool_end(&pool, run_group(m, &pool, f, first, some, SHARED, into, unpatched, &tried, e));
+        s = run_group(m, &pool, f, first, some, SHARED, into, unpatched, &tried, e);
+        pool_end(&pool, s);
         if (s == PATCH_E_MEMORY && some > 1) {
             group = (some + 1) / 2;
             s = PATCH_OK;
