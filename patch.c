@@ -1981,10 +1981,10 @@ int patch_hook_name(patch_hook hook, int layer, char *name, size_t capacity) {
 
    EDITS. An edit that does not take a whole vector over makes a row of (row before, kind of edit,
    its content), never of the run's number, so that equal edits too are one row. Then it all follows
-   by itself. Patching a run with itself is the run (but for hook_result: edited_row). Patching every
-   position of resid_pre makes all later tables the clean run's. A q edit makes one new row; a k or
-   v edit new prefixes, hence new rows at all later positions; where z is replaced whole, q and
-   prefix leave the row's making, and what they were is no longer computed.
+   by itself. Patching a run with itself is the run (but for hook_result: edited_row). Patching
+   every position of resid_pre makes all later tables the clean run's. A q edit makes one new row;
+   a k or v edit new prefixes, hence new rows at all later positions; where z is replaced whole, q
+   and prefix leave the row's making, and what they were is no longer computed.
 
    TRACKS. Most runs are, most of the way, the unedited run of the same tokens, their *class*. A
    run is not even walked until an edit changes one of its tables (the dots above); then it gets
