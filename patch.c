@@ -2995,8 +2995,8 @@ static patch_status too_little(const Model *m, Pool *sized, patch_status s, patc
     const size_t limit = memory_limit(m, SIZE_MAX), enough = sized->peak + sized->peak / 8;
     if (s == PATCH_OK && sized->peak > limit)
         fail(e, PATCH_E_MEMORY, "max_memory",
-             "%.2f MB are refused to the smallest piece of work: of %.2f MB the model and the "
-             "program leave %.2f MB; give %luK or more",
+             "no memory for the %.2f MB of the smallest piece of work: of %.2f MB the model and "
+             "the program leave %.2f MB; give %luK or more",
              (double)sized->peak / 1e6, (double)m->options.max_memory / 1e6, (double)limit / 1e6,
              (unsigned long)((fixed_memory(m) + enough + 1023) / 1024));
     return pool_end(sized, PATCH_E_MEMORY);
