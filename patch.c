@@ -321,7 +321,8 @@ typedef union Block {
 typedef struct Pool {
     const patch_allocator *a;
     Block *blocks;
-    size_t bytes, limit, refused; /* refused: the request that could not be met */
+    size_t bytes, limit, peak; /* held, allowed, and the most that was held */
+    size_t refused;            /* the request that could not be met */
 } Pool;
 
 /* n elements of `size` bytes, not zeroed, or NULL. */
@@ -343,6 +344,7 @@ static void *pool_raw(Pool *p, size_t n, size_t size) {
         p->blocks->link.last = b;
     p->blocks = b;
     p->bytes += bytes;
+    p->peak = p->bytes > p->peak ? p->bytes : p->peak;
     return b + 1;
 }
 
@@ -369,11 +371,7 @@ static void pool_give(Pool *p, void *piece) {
 }
 
 static Pool pool_begin(const patch_allocator *a, size_t limit) {
-    Pool p = {NULL, NULL, 0, 0, 0};
-
-    p.a = a;
-    p.limit = limit;
-    return p;
+    return (Pool){.a = a, .limit = limit};
 }
 
 /* Free everything, and pass a status on. */
@@ -1827,11 +1825,14 @@ const char *patch_token(const patch_model *model, int id, size_t *length) {
 }
 
 /* ==== 7. Hook points =============================================================================
-   Every activation of GPT-2 is a named vector of a row, a row being one position of one run. The
-   stages below are the hook points in the order of the forward pass, and behind K and V the two
-   prefixes that attention reads. The table says what a stage's rows are made of, which is all that
-   the engine needs to know in order to share them; where they stand in memory; and how they are
-   computed. */
+   Every activation of GPT-2 is a named vector of a row, a row being one position of one run: also
+   the scores and the pattern, which are rows of a destination. So to cache, patch, ablate, freeze
+   and noise is one operation, on a slice of a row's vector at a named point.
+
+   The stages below are the hook points in the order of the forward pass (drawn in chapter 0), and
+   behind K and V the two prefixes that attention reads: all keys, or values, of positions 0..t. The
+   table says of each stage what its rows are made of, which is all that the engine has to know in
+   order to share them; where they stand in memory; and how they are computed. */
 
 enum { K_PREFIX = PATCH_N_HOOKS, V_PREFIX, STAGES };
 
@@ -1842,11 +1843,20 @@ typedef enum Rule {
     PREFIX /* the rows of stage a at positions 0..t */
 } Rule;
 
-typedef enum Where { FIRST, EACH, LAST } Where; /* in which layers */
+/* Where a layer's rows stand. By the time a stage writes to a region, nobody reads what stood
+   there:
 
-/* STREAM holds the residual stream between layers, MID that between attention and MLP, OUT what is
-   normalised or about to be added, WIDE the MLP's inner rows and before them q, k, v and z, side by
-   side (BESIDE). By the time a stage writes to a region, nobody reads what stood there. */
+       stage          STREAM        MID          OUT             WIDE
+       resid_pre      resid_pre
+       ln1            |                          normalized      scale
+       q k v z        |                          |               q k v z, side by side (BESIDE)
+       attn_out       |                          attn_out
+       resid_mid      |             resid_mid
+       ln2                          |            normalized      scale
+       mlp                          |            mlp_out         mlp_pre, in its place mlp_post
+       resid_post     resid_post, which the next layer finds as its resid_pre
+
+   RESULTS, [H,C] a row, is larger than all of these together, and empty unless somebody asks. */
 typedef enum Region { NOWHERE, STREAM, MID, OUT, WIDE, RESULTS, BESIDE } Region;
 
 /* LATER: scores and patterns are made when z is; prefixes are only lists. */
@@ -1855,67 +1865,70 @@ typedef enum How { LATER, EMBED, ADD, SCALE, NORM, LINEAR, ATTEND, SPELL_OUT, AC
 typedef struct StageRule {
     int stage, a, b;
     Rule rule;
-    Where where;
     Region region;
     How how;
-    int linear;
+    int linear; /* LINEAR: which matrix */
 } StageRule;
 
-/* RESID_PRE of a later layer is the RESID_POST of the one before, and stays in its place. */
+/* Read a line as: q is made of one row of ln1_normalized, beside others in WIDE, by a product
+   with W_Q; z of a row of the pattern and a prefix of values. RESID_PRE of a later layer is the
+   RESID_POST of the one before, and stays in its place. ATTN_OUT is made of RESULT, but computed
+   from Z where no result is edited. */
 static const StageRule stage_rules[] = {
-    {PATCH_EMBED, 0, 0, LEAF, FIRST, OUT, EMBED, 0},
-    {PATCH_POS_EMBED, 0, 0, LEAF, FIRST, MID, EMBED, 0},
-    {PATCH_RESID_PRE, PATCH_EMBED, PATCH_POS_EMBED, PAIR, EACH, STREAM, ADD, 0},
-    {PATCH_LN1_SCALE, PATCH_RESID_PRE, 0, SAME, EACH, WIDE, SCALE, 0},
-    {PATCH_LN1_NORMALIZED, PATCH_RESID_PRE, PATCH_LN1_SCALE, PAIR, EACH, OUT, NORM, 0},
-    {PATCH_Q, PATCH_LN1_NORMALIZED, 0, SAME, EACH, BESIDE, LINEAR, LINEAR_Q},
-    {PATCH_K, PATCH_LN1_NORMALIZED, 0, SAME, EACH, BESIDE, LINEAR, LINEAR_K},
-    {PATCH_V, PATCH_LN1_NORMALIZED, 0, SAME, EACH, BESIDE, LINEAR, LINEAR_V},
-    {K_PREFIX, PATCH_K, 0, PREFIX, EACH, NOWHERE, LATER, 0},
-    {V_PREFIX, PATCH_V, 0, PREFIX, EACH, NOWHERE, LATER, 0},
-    {PATCH_ATTN_SCORES, PATCH_Q, K_PREFIX, PAIR, EACH, NOWHERE, LATER, 0},
-    {PATCH_PATTERN, PATCH_ATTN_SCORES, 0, SAME, EACH, NOWHERE, LATER, 0},
-    {PATCH_Z, PATCH_PATTERN, V_PREFIX, PAIR, EACH, BESIDE, ATTEND, 0},
-    {PATCH_RESULT, PATCH_Z, 0, SAME, EACH, RESULTS, SPELL_OUT, 0},
-    {PATCH_ATTN_OUT, PATCH_RESULT, 0, SAME, EACH, OUT, LINEAR, LINEAR_O},
-    {PATCH_RESID_MID, PATCH_RESID_PRE, PATCH_ATTN_OUT, PAIR, EACH, MID, ADD, 0},
-    {PATCH_LN2_SCALE, PATCH_RESID_MID, 0, SAME, EACH, WIDE, SCALE, 0},
-    {PATCH_LN2_NORMALIZED, PATCH_RESID_MID, PATCH_LN2_SCALE, PAIR, EACH, OUT, NORM, 0},
-    {PATCH_MLP_PRE, PATCH_LN2_NORMALIZED, 0, SAME, EACH, WIDE, LINEAR, LINEAR_IN},
-    {PATCH_MLP_POST, PATCH_MLP_PRE, 0, SAME, EACH, WIDE, ACTIVATE, 0},
-    {PATCH_MLP_OUT, PATCH_MLP_POST, 0, SAME, EACH, OUT, LINEAR, LINEAR_OUT},
-    {PATCH_RESID_POST, PATCH_RESID_MID, PATCH_MLP_OUT, PAIR, EACH, STREAM, ADD, 0},
-    {PATCH_LN_FINAL_SCALE, PATCH_RESID_POST, 0, SAME, LAST, WIDE, SCALE, 0},
-    {PATCH_LN_FINAL_NORMALIZED, PATCH_RESID_POST, PATCH_LN_FINAL_SCALE, PAIR, LAST, OUT, NORM, 0},
+    {PATCH_EMBED, 0, 0, LEAF, OUT, EMBED, 0},
+    {PATCH_POS_EMBED, 0, 0, LEAF, MID, EMBED, 0},
+    {PATCH_RESID_PRE, PATCH_EMBED, PATCH_POS_EMBED, PAIR, STREAM, ADD, 0},
+    {PATCH_LN1_SCALE, PATCH_RESID_PRE, 0, SAME, WIDE, SCALE, 0},
+    {PATCH_LN1_NORMALIZED, PATCH_RESID_PRE, PATCH_LN1_SCALE, PAIR, OUT, NORM, 0},
+    {PATCH_Q, PATCH_LN1_NORMALIZED, 0, SAME, BESIDE, LINEAR, LINEAR_Q},
+    {PATCH_K, PATCH_LN1_NORMALIZED, 0, SAME, BESIDE, LINEAR, LINEAR_K},
+    {PATCH_V, PATCH_LN1_NORMALIZED, 0, SAME, BESIDE, LINEAR, LINEAR_V},
+    {K_PREFIX, PATCH_K, 0, PREFIX, NOWHERE, LATER, 0},
+    {V_PREFIX, PATCH_V, 0, PREFIX, NOWHERE, LATER, 0},
+    {PATCH_ATTN_SCORES, PATCH_Q, K_PREFIX, PAIR, NOWHERE, LATER, 0},
+    {PATCH_PATTERN, PATCH_ATTN_SCORES, 0, SAME, NOWHERE, LATER, 0},
+    {PATCH_Z, PATCH_PATTERN, V_PREFIX, PAIR, BESIDE, ATTEND, 0},
+    {PATCH_RESULT, PATCH_Z, 0, SAME, RESULTS, SPELL_OUT, 0},
+    {PATCH_ATTN_OUT, PATCH_RESULT, 0, SAME, OUT, LINEAR, LINEAR_O},
+    {PATCH_RESID_MID, PATCH_RESID_PRE, PATCH_ATTN_OUT, PAIR, MID, ADD, 0},
+    {PATCH_LN2_SCALE, PATCH_RESID_MID, 0, SAME, WIDE, SCALE, 0},
+    {PATCH_LN2_NORMALIZED, PATCH_RESID_MID, PATCH_LN2_SCALE, PAIR, OUT, NORM, 0},
+    {PATCH_MLP_PRE, PATCH_LN2_NORMALIZED, 0, SAME, WIDE, LINEAR, LINEAR_IN},
+    {PATCH_MLP_POST, PATCH_MLP_PRE, 0, SAME, WIDE, ACTIVATE, 0},
+    {PATCH_MLP_OUT, PATCH_MLP_POST, 0, SAME, OUT, LINEAR, LINEAR_OUT},
+    {PATCH_RESID_POST, PATCH_RESID_MID, PATCH_MLP_OUT, PAIR, STREAM, ADD, 0},
+    {PATCH_LN_FINAL_SCALE, PATCH_RESID_POST, 0, SAME, WIDE, SCALE, 0},
+    {PATCH_LN_FINAL_NORMALIZED, PATCH_RESID_POST, PATCH_LN_FINAL_SCALE, PAIR, OUT, NORM, 0},
 };
-
 enum { RULES = sizeof stage_rules / sizeof stage_rules[0] };
 
 static const struct HookFact {
     const char *name;
-    char shape;
+    char shape; /* of a row: see PATCH_HOOKS */
 } hook_facts[] = {
 #define X(id, name, shape) {name, shape},
     PATCH_HOOKS(X)
 #undef X
 };
 
-static Where hook_where(int hook) {
-    return hook <= PATCH_POS_EMBED ? FIRST : hook >= PATCH_LN_FINAL_SCALE ? LAST : EACH;
+typedef enum Where { FIRST, EACH, LAST } Where; /* in which layers a stage is */
+
+static Where hook_where(int stage) {
+    return stage <= PATCH_POS_EMBED                                            ? FIRST
+           : stage == PATCH_LN_FINAL_SCALE || stage == PATCH_LN_FINAL_NORMALIZED ? LAST
+                                                                               : EACH;
 }
 
-/* The layer under which the engine keeps a hook point; the caller's where it is inside the blocks.
+/* The layer under which the engine keeps a hook point: the caller's where it is inside the blocks.
    */
 static int hook_layer(const Model *m, int hook, int layer) {
     const Where where = hook_where(hook);
-
     return where == EACH ? layer : where == FIRST ? 0 : m->dims.n_layers - 1;
 }
 
 /* Floats of one row of a hook point; of scores and pattern, of a run of t tokens. */
 static size_t hook_width(const Model *m, int hook, size_t t) {
     const ModelFile *f = &m->file;
-
     switch (hook_facts[hook].shape) {
     case 'M': return f->M;
     case 'R': return f->H * f->C;
@@ -1928,49 +1941,71 @@ static size_t hook_width(const Model *m, int hook, size_t t) {
 int patch_hook_name(patch_hook hook, int layer, char *name, size_t capacity) {
     const char *text = (size_t)hook < PATCH_N_HOOKS ? hook_facts[hook].name : "";
     const char *at = strstr(text, "%d");
-
     return at == NULL ? snprintf(name, capacity, "%s", text)
                       : snprintf(name, capacity, "%.*s%d%s", (int)(at - text), text, layer, at + 2);
 }
 
 /* ==== 8. The engine ==============================================================================
-   Any number of runs goes through the model side by side, in two steps: a plan, made without
-   computing a single float, then one pass over the weights.
+   A sweep asks for hundreds of forward passes that differ in one slice of one activation each.
+   Done one by one, nearly all of the work repeats bit for bit. The engine takes all of these
+   runs at once, works out on integers alone what is different at all, and computes just that.
 
-   THE PLAN. A run is a table: position -> row. At every stage (chapter 7) a row is known by what it
-   is made of, and rows made of the same are the same row: they are *interned*, as a compiler
-   interns strings. For LEAF, SAME and PAIR that is a token, one row or two. Attention makes z of
-   position t out of one row of q and *all* keys and values 0..t; these are walked through a trie,
-   so that a prefix too is a single number:
+   RUNS ARE TABLES. A run is a table, position -> row, for each stage of each layer. A row is
+   known by what it is made of (chapter 7's rules), and what is made of the same is the same row.
+   Rows are *interned*, as a compiler interns strings: intern() looks up "stage, a, b" in a hash
+   table and returns the number of the row that is already there, or of a new one. Here are the
+   prompts "a b c" (clean) and "a x c" (corrupted), and two cells of a sweep, the corrupted run
+   with resid_pre of layer 1 copied from the clean one at position 1, and at position 0:
 
-       run 1   the cat sat       table 0 1 2      prefixes  p0 -- p1 -- p2
-       run 2   the cat ran       table 0 1 3                       \___ p3
-       run 3   the dog sat       table 0 4 5                \___ p4 --- p5
+                     layer 0                                 layer 1
+                     resid_pre    prefixes     resid_post    resid_pre     prefixes     resid_post
+       clean          0  1  2     p0 p1 p2      0  1  2       0  1  2      p0 p1 p2      0  1  2
+       corrupted      0  3  2     p0 p3 p4      0  3  4       0  3  4      p0 p3 p4      0  3  4
+       pos 1          .  .  .     .  .  .       .  .  .       0 [1] 4      p0 p1 p5      0  1  5
+       pos 0          .  .  .     .  .  .       .  .  .       .  .  .      .  .  .       .  .  .
 
-   Run 2 has one new row in each layer, run 3 two (its "sat" saw "dog"): three rows in all are
-   shared, and nothing was compared but integers.
+   Position 2 holds the same token in both prompts, hence begins as the same row. Attention is
+   what tells it apart: it makes z of position t out of one row of q and *all* keys and values
+   0..t. A walk through a trie, keyed by (node so far, next row), makes each such prefix a single
+   number too, and (q, prefix) a pair like any other. The prefixes of layer 1:
 
-   An edit changes a row into another: made of the row before, the edit's kind and the edit's
-   content, never of the run's number. Taking another run's whole vector over is cheaper still:
-   table[p] is set to that run's row. From there everything follows by itself. Patching a run with
-   itself changes no table. Patching resid_pre at every position of a layer makes the table the
-   clean run's, so all later rows are the clean run's: the patched run *is* the clean run from there
-   on, and costs nothing. A cell before the first token that differs changes no table either. A q
-   edit makes one new row; a k or v edit makes new prefixes, hence new rows at all later positions;
-   where z is replaced whole, prefix and q leave the row's making altogether.
+       p0 --- p1 --- p2       clean
+        \      \____ p5       pos 1: the clean run's keys 0 and 1, then its own
+         \___ p3 --- p4       corrupted
 
-   A run without edits so far is not even walked: it follows its *class*, the unedited run of the
-   same tokens, until an edit changes something; then it gets a track of its own, and is walked only
-   from the first position that changed.
+   "pos 1" wrote its edit by setting table[1] to the clean run's row: no float is copied. It owes
+   layer 1 one row, number 5, as everything at positions 0 and 1 is the clean run's. "pos 0"
+   copied a row onto itself: its table is the corrupted run's, and it never costs anything. Four
+   runs of three tokens and two layers, 24 rows in all, are 5 + 6 rows; and nothing was compared
+   but integers.
 
-   What nothing reads, directly or through other rows, is then struck out, from the last layer
-   backwards: so only the final position goes through the last layer's queries and MLP, and nobody
-   says so anywhere.
+   EDITS. An edit that does not take a whole vector over makes a row of (row before, kind of edit,
+   its content), never of the run's number, so that equal edits too are one row. Then it all follows
+   by itself. Patching a run with itself is the run (but for hook_result: edited_row). Patching
+   every position of resid_pre makes all later tables the clean run's. A q edit makes one new row;
+   a k or v edit new prefixes, hence new rows at all later positions; where z is replaced whole, q
+   and prefix leave the row's making, and what they were is no longer computed.
 
-   THE PASS. Layer by layer, stage by stage, the rows that are left are computed in bulk: a few
-   hundred rows through each matrix at once. A row's numbers depend on its making alone (chapter 5:
-   one order of summation), so each run's are those it would have had alone, bit for bit. With
-   `share` off nothing is interned and nothing struck out: the same code, slowly, as a reference. */
+   TRACKS. Most runs are, most of the way, the unedited run of the same tokens, their *class*. A
+   run is not even walked until an edit changes one of its tables (the dots above); then it gets
+   a track, tables of its own, walked only from the first position that changed.
+
+   ONLY WHAT IS READ. From the reads, backwards through the layers, each needed row marks the
+   rows that it is made of; the rest is struck out. A sweep reads the last position behind the
+   last layer: so the last layer computes its queries, its MLP and its residual stream for that
+   position alone, and its keys and values for all, without a line of code that says so.
+
+   ONE PASS. Layer by layer, stage by stage, the rows that are left, of all runs, go through each
+   matrix together, as one [R,C]: the weights are read once for all runs, and the product has
+   hundreds of rows instead of a prompt's sixteen, which is what makes it fast.
+
+       plan:  tables -> nodes -> needed? -> slots       no float is touched
+       pass:  rows of the stage before [slots,C] --gather--> x W + b --> this stage's [slots,n]
+
+   THE SAME BITS. A row's numbers depend on its making alone (chapter 5: one order of summation,
+   whatever stands in the matrix beside it), so each run's are those that it has alone. With
+   sharing off (UNSHARED) every position of every run is a row and all are computed: the same
+   code, slowly, as the reference that the tests and --brute hold the rest against. */
 
 /* A row, or a prefix. Made by its stage's rule: a and b are rows of the rule's stages (LEAF: a is
    the token or position; PREFIX: a is the prefix one shorter, b the new row). Made by an edit (edit
@@ -1981,17 +2016,17 @@ typedef struct Node {
     int slot; /* where it stands in its stage's buffer; DEAD: nobody needs it */
 } Node;
 
-enum { DEAD = -1, LIVE = -2 };
+enum { DEAD = -1, LIVE = -2 /* needed, not numbered yet */ };
 
 typedef struct Stage {
-    Node *nodes;
+    Node *nodes; /* [n] of capacity */
     int n, capacity;
     int slots;  /* rows of the buffer */
     int edited; /* an edit has changed a table here */
 } Stage;
 
-/* A run's way through the layers: tables of its own, or (classes) shared by all runs that follow
-   it. */
+/* A run's way through the layers: tables of its own, or (the first ones: classes) shared by all
+   runs that follow it. */
 typedef struct Track {
     const int *tokens;
     int n_tokens;
@@ -2000,12 +2035,15 @@ typedef struct Track {
 } Track;
 
 /* An edit or a read of a run. Sorted by stage, then run, then the caller's order, they stand as the
-   pass meets them. */
+   plan and the pass meet them. */
 typedef struct Event {
     int at; /* layer * STAGES + stage */
     int run, index;
     int first; /* reads: where their rows begin in read_rows */
 } Event;
+
+/* SIZED: a plan as SHARED, then a pass that takes its memory and does nothing. */
+typedef enum Mode { UNSHARED, SHARED, SIZED } Mode;
 
 typedef struct Plan {
     const Model *m;
@@ -2017,9 +2055,9 @@ typedef struct Plan {
     Track *tracks;
     int *track_of; /* [n_runs] */
     int n_classes, n_tracks;
-    int *store[STAGES];  /* [tracks, T]: tables of their own; made when a stage first needs them */
+    int *store[STAGES];  /* [tracks,T]: tables of their own; made when a stage first needs them */
     int **table[STAGES]; /* [tracks]: the table that holds, own or another's */
-    Stage *stages;       /* [L, STAGES] */
+    Stage *stages;       /* [L,STAGES] */
     Event *edits, *read_events;
     int n_edits, n_reads, next_edit, next_read;
     int *read_rows;   /* the rows that the reads mean, all positions of all reads */
@@ -2036,23 +2074,24 @@ static const patch_edit *edit_of(const Plan *p, int event) {
     return &p->runs[p->edits[event].run].edits[p->edits[event].index];
 }
 
-/* ---- making rows ---- */
+/* ---- interning ----
+   One hash table serves all stages, one after the other: rows of two stages are never the same. It
+   holds numbers of nodes, as the nodes themselves tell what they are made of; a collision moves on
+   to the next place. At most half of it is full. */
 
 /* The first of an edit's values at a position. */
 static const float *edit_values(const patch_edit *e, int pos) {
     return e->values + (e->pos < 0 ? (size_t)pos * e->stride : 0);
 }
 
-/* Are two nodes made of the same? Of edits only the contents count. */
+/* Are two nodes made of the same? Of edits only the contents count; of values, where they lie: to
+   compare them would cost more than it could save. */
 static int same_node(const Plan *p, const Node *x, const Node *y) {
-    const patch_edit *e, *f;
-
     if (x->a != y->a || (x->edit < 0) != (y->edit < 0))
         return 0;
     if (x->edit < 0)
         return x->b == y->b;
-    e = edit_of(p, x->edit);
-    f = edit_of(p, y->edit);
+    const patch_edit *e = edit_of(p, x->edit), *f = edit_of(p, y->edit);
     if (e->op != f->op || e->head != f->head || e->src != f->src || /* [H,T] depends on T */
         p->runs[p->edits[x->edit].run].n_tokens != p->runs[p->edits[y->edit].run].n_tokens)
         return 0;
@@ -2061,10 +2100,10 @@ static int same_node(const Plan *p, const Node *x, const Node *y) {
                                   : edit_values(e, x->b) == edit_values(f, y->b);
 }
 
+/* Equal for nodes made of the same; otherwise any mixture of the bits will do. */
 static size_t node_hash(const Plan *p, const Node *x) {
     const patch_edit *e = x->edit < 0 ? NULL : edit_of(p, x->edit);
     uint64_t h = (uint32_t)x->a * UINT64_C(0x9E3779B97F4A7C15);
-
     if (e == NULL || e->op == PATCH_COPY)
         h ^= (uint32_t)x->b;
     else if (e->op != PATCH_SCALE)
@@ -2075,29 +2114,31 @@ static size_t node_hash(const Plan *p, const Node *x) {
     return (size_t)((h ^ h >> 29) * UINT64_C(0x9E3779B97F4A7C15) >> 32);
 }
 
-/* Begin to intern anew, with room for n nodes. */
-static int hash_clear(Plan *p, size_t n) {
-    size_t size = p->hash_size ? p->hash_size : 256;
-
-    while (size < n * 2)
-        size *= 2;
-    if (size == p->hash_size) {
-        memset(p->hash, 0, size * sizeof *p->hash);
-        return 1;
-    }
-    pool_give(p->pool, p->hash);
-    p->hash = pool_take(p->pool, size, sizeof *p->hash);
-    p->hash_size = p->hash ? size : 0;
-    return p->hash != NULL;
-}
-
 /* Where a node stands in the hash table, or the free place where it belongs. */
 static int *hash_find(const Plan *p, const Stage *s, const Node *node) {
     size_t at = node_hash(p, node) & (p->hash_size - 1);
-
     while (p->hash[at] != 0 && !same_node(p, &s->nodes[p->hash[at] - 1], node))
         at = (at + 1) & (p->hash_size - 1);
     return &p->hash[at];
+}
+
+/* Let the hash table know this stage's nodes and no other's, with room for as many more. 0: memory
+   is out, here and in all that follows. */
+static int hash_stage(Plan *p, const Stage *s) {
+    size_t size = p->hash_size ? p->hash_size : 256;
+    while (size < ((size_t)s->n + 32) * 4)
+        size *= 2;
+    if (size > p->hash_size) {
+        pool_give(p->pool, p->hash);
+        p->hash = pool_raw(p->pool, size, sizeof *p->hash);
+        p->hash_size = p->hash ? size : 0;
+    }
+    if (p->hash == NULL)
+        return 0;
+    memset(p->hash, 0, size * sizeof *p->hash);
+    for (int i = 0; p->share && i < s->n; i++)
+        *hash_find(p, s, &s->nodes[i]) = i + 1;
+    return 1;
 }
 
 /* Append a node; -1 where memory is out. */
@@ -2106,7 +2147,6 @@ static int add_node(Plan *p, Stage *s, Node node) {
         const int capacity = s->capacity ? s->capacity * 2 : 32;
         Node *nodes = s->capacity < INT_MAX / 4
                           ? pool_take(p->pool, (size_t)capacity, sizeof *nodes) : NULL;
-
         if (nodes == NULL)
             return -1;
         if (s->n > 0)
@@ -2119,38 +2159,28 @@ static int add_node(Plan *p, Stage *s, Node node) {
     return s->n++;
 }
 
-/* Make what the hash table knows be this stage's nodes, and room for as many more. */
-static int hash_stage(Plan *p, const Stage *s) {
-    int i;
-
-    if (!hash_clear(p, (size_t)s->n * 2 + 64))
-        return 0;
-    for (i = 0; p->share && i < s->n; i++)
-        *hash_find(p, s, &s->nodes[i]) = i + 1;
-    return 1;
-}
-
 /* The node made of this, found or new; -1 where memory is out. This is all there is to sharing. */
 static int intern(Plan *p, Stage *s, int a, int b, int edit) {
     const Node node = {a, b, edit, DEAD};
-    int *place;
-
     if (!p->share)
         return add_node(p, s, node);
     if ((size_t)s->n * 2 >= p->hash_size && !hash_stage(p, s))
         return -1;
-    place = hash_find(p, s, &node);
+    int *place = hash_find(p, s, &node);
     if (*place == 0)
         *place = add_node(p, s, node) + 1;
     return *place - 1;
 }
 
-/* ---- one stage of all runs ---- */
+/* ---- one stage of all runs ----
+   For each stage of each layer, in order: derive_stage makes the rows that its rule makes and fills
+   the tables; edit_stage replaces entries of the edited runs' tables; note_reads writes down what
+   the reads of this stage see. A function that returns an int returns 0 where memory is out. */
 
-/* A track's own table at a stage. */
+/* A track's own table at a stage. Each layer writes over the one before: what a later layer
+   needs of it, nodes remember. */
 static int *own_table(Plan *p, int stage, int track) {
     const size_t tracks = (size_t)(p->n_classes + p->n_runs);
-
     if (p->store[stage] == NULL)
         p->store[stage] = pool_take(p->pool, tracks * (size_t)p->T, sizeof(int));
     return p->store[stage] ? p->store[stage] + (size_t)track * (size_t)p->T : NULL;
@@ -2160,17 +2190,16 @@ static int *own_table(Plan *p, int stage, int track) {
 static int walk_track(Plan *p, Stage *s, const StageRule *rule, int track) {
     const Track *t = &p->tracks[track];
     const int *a = p->table[rule->a][track], *b = p->table[rule->b][track];
-    int *own = own_table(p, rule->stage, track), pos;
-
+    int *own = own_table(p, rule->stage, track);
     if (own == NULL)
         return 0;
     if (t->from > 0)
         memcpy(own, p->table[rule->stage][t->class], (size_t)t->from * sizeof *own);
     p->table[rule->stage][track] = own;
-    for (pos = t->from; pos < t->n_tokens; pos++) {
+    for (int pos = t->from; pos < t->n_tokens; pos++) {
         if (rule->rule == PAIR)
             own[pos] = intern(p, s, a[pos], b[pos], -1);
-        else if (rule->rule == PREFIX)
+        else if (rule->rule == PREFIX) /* the trie: one node further */
             own[pos] = intern(p, s, pos ? own[pos - 1] : -1, a[pos], -1);
         else
             own[pos] = intern(p, s, rule->stage == PATCH_EMBED ? t->tokens[pos] : pos, 0, -1);
@@ -2197,70 +2226,70 @@ static Stage *parent_stage(const Plan *p, int layer, const StageRule *rule, int 
 static int derive_stage(Plan *p, int layer, const StageRule *rule) {
     Stage *s = stage_at(p, layer, rule->stage);
     const Stage *parent = parent_stage(p, layer, rule, 0);
-    const int from = stays(layer, rule) ? PATCH_RESID_POST : rule->a;
-    int i, track, ok = 1;
-
+    int ok = 1;
     if (rule->rule == SAME || stays(layer, rule) ||
         (rule->how == NORM && !stage_at(p, layer, rule->b)->edited)) {
-        for (i = 0; ok && i < parent->n; i++) {
-            const Node node = {i, i, -1, DEAD};
-
-            ok = add_node(p, s, node) >= 0;
-        }
+        const int from = stays(layer, rule) ? PATCH_RESID_POST : rule->a;
         memcpy(p->table[rule->stage], p->table[from], (size_t)p->n_tracks * sizeof(int *));
+        for (int i = 0; ok && i < parent->n; i++)
+            ok = add_node(p, s, (Node){i, i, -1, DEAD}) >= 0;
         return ok;
     }
-    ok = hash_clear(p, (size_t)parent->n * 2 + 64);
-    for (track = 0; ok && track < p->n_tracks; track++)
+    ok = hash_stage(p, s);
+    for (int track = 0; ok && track < p->n_tracks; track++)
         ok = walk_track(p, s, rule, track);
     return ok;
 }
 
-/* The row that an edit makes of row `base` at one position. -1: memory is out. */
+/* The row that an edit makes of row `base` at one position. -1: memory is out. A copy of a whole
+   row is the row itself, and so is a copy onto itself; but an edited result always is a row of its
+   own, as it is known by that: attn_out is then summed head by head, which gives other last bits
+   than the one product (sum_results), and may not hang on whether a copy changed anything. */
 static int edited_row(Plan *p, Stage *s, int stage, int base, int event, int pos) {
     const patch_edit *e = edit_of(p, event);
     const int whole = e->head < 0 && e->src < 0;
     int source = pos;
-
     if (e->op == PATCH_COPY) {
         source = p->table[stage][p->track_of[e->source]][pos];
-        if (p->share && (whole || source == base))
+        if (p->share && stage != PATCH_RESULT && (whole || source == base))
             return source;
     }
     return intern(p, s, whole && e->op <= PATCH_SET ? -1 : base, source, event);
 }
 
-/* Apply one run's edits at one stage: events first..last-1. Only if a table entry changes does a
-   run that followed its class leave it. */
-static int edit_run(Plan *p, int layer, int stage, int first, int last) {
-    Stage *s = stage_at(p, layer, stage);
-    const int run = p->edits[first].run;
-    int track = p->track_of[run], event, pos, changed, k, *own;
+/* Apply the next run's edits at a stage. Only if a table entry changes does a run that followed its
+   class leave it. */
+static int edit_run(Plan *p, Stage *s, int at) {
+    const int run = p->edits[p->next_edit].run, stage = at % STAGES;
+    int track = p->track_of[run], changed = 0; /* changed: the first position that is */
     const int n = p->tracks[track].n_tokens;
     const int *before = p->table[stage][track];
+    const Event *event;
 
     memcpy(p->scratch, before, (size_t)n * sizeof *before);
-    for (event = first; event < last; event++) {
-        const int at = edit_of(p, event)->pos, end = at < 0 ? n : at + 1;
-
-        for (pos = at < 0 ? 0 : at; pos < end; pos++)
-            if ((p->scratch[pos] = edited_row(p, s, stage, p->scratch[pos], event, pos)) < 0)
+    while (p->next_edit < p->n_edits && (event = &p->edits[p->next_edit])->at == at &&
+           event->run == run) {
+        const int pos = edit_of(p, p->next_edit)->pos, end = pos < 0 ? n : pos + 1;
+        for (int i = pos < 0 ? 0 : pos; i < end; i++)
+            if ((p->scratch[i] = edited_row(p, s, stage, p->scratch[i], p->next_edit, i)) < 0)
                 return 0;
+        p->next_edit++;
     }
-    for (changed = 0; changed < n && p->scratch[changed] == before[changed];)
+    while (changed < n && p->scratch[changed] == before[changed])
         changed++;
     if (changed == n)
         return 1;
     if (p->share && track < p->n_classes) { /* born: all its tables so far are the class's */
         p->tracks[p->n_tracks] = p->tracks[track];
         p->tracks[p->n_tracks].from = changed;
-        for (k = 0; k < STAGES; k++)
+        for (int k = 0; k < STAGES; k++)
             p->table[k][p->n_tracks] = p->table[k][track];
         p->track_of[run] = track = p->n_tracks++;
     }
     if (changed < p->tracks[track].from)
         p->tracks[track].from = changed;
-    if ((own = own_table(p, stage, track)) == NULL)
+    int *own = own_table(p, stage, track);
+    if (own == NULL)
         return 0;
     memcpy(own, p->scratch, (size_t)n * sizeof *own);
     p->table[stage][track] = own;
@@ -2270,23 +2299,12 @@ static int edit_run(Plan *p, int layer, int stage, int first, int last) {
 
 /* Apply all edits at one stage, run by run: a source is always an earlier run, so its table is
    done. */
-static int edit_stage(Plan *p, int layer, int stage) {
-    const int at = layer * STAGES + stage;
-    int first;
-
-    if (p->next_edit == p->n_edits || p->edits[p->next_edit].at != at)
-        return 1;
-    if (!hash_stage(p, stage_at(p, layer, stage)))
-        return 0;
-    while (p->next_edit < p->n_edits && p->edits[p->next_edit].at == at) {
-        for (first = p->next_edit; p->next_edit < p->n_edits; p->next_edit++)
-            if (p->edits[p->next_edit].at != at ||
-                p->edits[p->next_edit].run != p->edits[first].run)
-                break;
-        if (!edit_run(p, layer, stage, first, p->next_edit))
-            return 0;
-    }
-    return 1;
+static int edit_stage(Plan *p, int at) {
+    Stage *s = &p->stages[at];
+    int ok = 1;
+    for (int n = 0; ok && p->next_edit < p->n_edits && p->edits[p->next_edit].at == at; n++)
+        ok = (n > 0 || hash_stage(p, s)) && edit_run(p, s, at);
+    return ok;
 }
 
 /* How many rows a read means. */
@@ -2294,30 +2312,31 @@ static int rows_read(const Plan *p, const patch_read *r) {
     return r->pos < 0 ? p->runs[r->run].n_tokens : 1;
 }
 
-/* Note which rows the reads at this stage mean. */
-static void note_reads(Plan *p, int at) {
-    for (; p->next_read < p->n_reads && p->read_events[p->next_read].at == at; p->next_read++) {
-        const Event *event = &p->read_events[p->next_read];
-        patch_read *r = &p->reads[event->index];
-        const int *table = p->table[at % STAGES][p->track_of[r->run]];
-
-        r->id = r->pos < 0 ? -1 : table[r->pos];
-        memcpy(p->read_rows + event->first, table + (r->pos < 0 ? 0 : r->pos),
-               (size_t)rows_read(p, r) * sizeof *table);
-    }
-}
-
-/* ---- what is needed ---- */
-
 static void need(Stage *s, int node) {
     if (node >= 0)
         s->nodes[node].slot = LIVE;
 }
 
-/* One needed node needs what it is made of. */
+/* Note which rows the reads at this stage mean, as the next layer overwrites the tables. */
+static void note_reads(Plan *p, int at) {
+    for (; p->next_read < p->n_reads && p->read_events[p->next_read].at == at; p->next_read++) {
+        const Event *event = &p->read_events[p->next_read];
+        patch_read *r = &p->reads[event->index];
+        const int *rows = p->table[at % STAGES][p->track_of[r->run]] + (r->pos < 0 ? 0 : r->pos);
+        r->id = r->pos < 0 ? -1 : *rows;
+        for (int i = 0; i < rows_read(p, r); i++)
+            need(&p->stages[at], p->read_rows[event->first + i] = rows[i]);
+    }
+}
+
+/* ---- what is needed ----
+   The plan so far holds every row of every run. Most sweeps read no more than a row a run, at the
+   end: what these are not made of, directly or through others, is struck out. */
+
+/* One needed node needs what it is made of: for an edit that is the row before, where anything
+   of it is left, and the row copied from; both stand in the same stage. */
 static void need_parents(const Plan *p, int layer, const StageRule *rule, Stage *s, const Node *n) {
     const Stage *result = stage_at(p, layer, PATCH_RESULT);
-
     if (n->edit >= 0) {
         need(s, n->a);
         need(s, edit_of(p, n->edit)->op == PATCH_COPY ? n->b : -1);
@@ -2333,22 +2352,14 @@ static void need_parents(const Plan *p, int layer, const StageRule *rule, Stage 
     }
 }
 
-/* Backwards from what is read: mark what is needed. */
+/* Backwards from what is read, which is marked already: mark what it needs. Within a stage a
+   node is made of earlier ones, so that they too are met after it. */
 static void mark_needed(Plan *p) {
-    int layer, k, i, j;
-
-    for (i = 0; i < p->n_reads; i++) {
-        const Event *event = &p->read_events[i];
-
-        for (j = 0; j < rows_read(p, &p->reads[event->index]); j++)
-            need(&p->stages[event->at], p->read_rows[event->first + j]);
-    }
-    for (layer = p->m->dims.n_layers - 1; layer >= 0; layer--)
-        for (k = RULES - 1; k >= 0; k--) {
+    for (int layer = p->m->dims.n_layers - 1; layer >= 0; layer--)
+        for (int k = RULES - 1; k >= 0; k--) {
             const StageRule *rule = &stage_rules[k];
             Stage *s = stage_at(p, layer, rule->stage);
-
-            for (i = s->n - 1; i >= 0; i--)
+            for (int i = s->n - 1; i >= 0; i--)
                 if (s->nodes[i].slot == LIVE || (!p->share && rule->how != SPELL_OUT)) {
                     s->nodes[i].slot = LIVE;
                     need_parents(p, layer, rule, s, &s->nodes[i]);
@@ -2359,31 +2370,27 @@ static void mark_needed(Plan *p) {
 /* Forwards: number the needed rows of each stage. Derived ones come first, edited ones behind them;
    where a stage is computed in its parent's place, its rows keep their slots. */
 static void number_slots(Plan *p) {
-    int layer, k, i;
+    for (int at = 0; at < p->m->dims.n_layers * RULES; at++) {
+        const int layer = at / RULES;
+        const StageRule *rule = &stage_rules[at % RULES];
+        const int in_place = rule->how == ACTIVATE || stays(layer, rule);
+        const Stage *parent = parent_stage(p, layer, rule, 0);
+        Stage *s = stage_at(p, layer, rule->stage);
 
-    for (layer = 0; layer < p->m->dims.n_layers; layer++)
-        for (k = 0; k < RULES; k++) {
-            const StageRule *rule = &stage_rules[k];
-            const int in_place = rule->how == ACTIVATE || stays(layer, rule);
-            const Stage *parent = parent_stage(p, layer, rule, 0);
-            Stage *s = stage_at(p, layer, rule->stage);
-
-            s->slots = in_place ? parent->slots : 0;
-            for (i = 0; i < s->n; i++) {
-                Node *n = &s->nodes[i];
-
-                if (n->slot == LIVE)
-                    n->slot = in_place && n->edit < 0 ? parent->nodes[n->a].slot : s->slots++;
-            }
+        s->slots = in_place ? parent->slots : 0;
+        for (int i = 0; i < s->n; i++) {
+            Node *n = &s->nodes[i];
+            if (n->slot == LIVE)
+                n->slot = in_place && n->edit < 0 ? parent->nodes[n->a].slot : s->slots++;
         }
+    }
 }
 
-/* ---- building the plan ---- */
+/* ---- checking what a caller asks for ---- */
 
 static patch_status bad_run(patch_error *e, size_t run, const char *what, long got, long least,
                             long most) {
     char where[64];
-
     snprintf(where, sizeof where, "run %lu", (unsigned long)run);
     return fail(e, PATCH_E_INPUT, where, "%s %ld is not within %ld..%ld; correct the run", what,
                 got, least, most);
@@ -2405,39 +2412,32 @@ static patch_status check_slice(const Model *m, size_t run, int hook, int layer,
     return PATCH_OK;
 }
 
-static patch_status check_edit(const Model *m, const patch_run *runs, size_t run,
-                               const patch_edit *x, patch_error *e) {
-    const int n = runs[run].n_tokens;
-
-    WITHIN("operation", x->op, PATCH_COPY, PATCH_SCALE);
-    if (x->op == PATCH_COPY) {
-        WITHIN("source run", x->source, 0, (long)run - 1);
-        WITHIN("length of the source run", runs[x->source].n_tokens, n, n);
-    } else if (x->op != PATCH_SCALE)
-        WITHIN("number of arrays of values", x->values == NULL ? 0 : 1, 1, 1);
-    return check_slice(m, run, (int)x->hook, x->layer, x->pos, x->head, x->src, n, e);
-}
-
 static patch_status check_runs(const Model *m, const patch_run *runs, size_t n_runs,
                                const patch_read *reads, size_t n_reads, patch_error *e) {
-    size_t run = 0, i;
+    size_t run = 0; /* which one an error names */
     patch_status s = PATCH_OK;
 
     WITHIN("number of runs", n_runs, 0, INT_MAX / 4);
     WITHIN("number of reads", n_reads, 0, INT_MAX / 4);
-    for (run = 0; run < n_runs && s == PATCH_OK; run++) {
-        const patch_run *r = &runs[run];
-
-        WITHIN("number of tokens", r->n_tokens, 1, m->dims.n_ctx);
-        WITHIN("number of edits", r->n_edits, 0, INT_MAX / 4);
-        for (i = 0; i < (size_t)r->n_tokens; i++)
-            WITHIN("token", r->tokens[i], 0, m->dims.d_vocab - 1);
-        for (i = 0; i < (size_t)r->n_edits && s == PATCH_OK; i++)
-            s = check_edit(m, runs, run, &r->edits[i], e);
+    for (; run < n_runs && s == PATCH_OK; run++) {
+        const int n = runs[run].n_tokens;
+        WITHIN("number of tokens", n, 1, m->dims.n_ctx);
+        WITHIN("number of edits", runs[run].n_edits, 0, INT_MAX / 4);
+        for (int i = 0; i < n; i++)
+            WITHIN("token", runs[run].tokens[i], 0, m->dims.d_vocab - 1);
+        for (int i = 0; i < runs[run].n_edits && s == PATCH_OK; i++) {
+            const patch_edit *x = &runs[run].edits[i];
+            WITHIN("operation", x->op, PATCH_COPY, PATCH_SCALE);
+            if (x->op == PATCH_COPY) {
+                WITHIN("source run", x->source, 0, (long)run - 1);
+                WITHIN("length of the source run", runs[x->source].n_tokens, n, n);
+            } else if (x->op != PATCH_SCALE)
+                WITHIN("number of arrays of values", x->values == NULL ? 0 : 1, 1, 1);
+            s = check_slice(m, run, (int)x->hook, x->layer, x->pos, x->head, x->src, n, e);
+        }
     }
-    for (i = 0; i < n_reads && s == PATCH_OK; i++) {
+    for (size_t i = 0; i < n_reads && s == PATCH_OK; i++) {
         const patch_read *r = &reads[i];
-
         run = (size_t)r->run;
         WITHIN("run of a read", r->run, 0, (long)n_runs - 1);
         s = check_slice(m, run, (int)r->hook, r->layer, r->pos, -1, -1, runs[run].n_tokens, e);
@@ -2445,125 +2445,106 @@ static patch_status check_runs(const Model *m, const patch_run *runs, size_t n_r
     return s;
 }
 
+/* ---- building the plan ---- */
+
 static int by_stage(const void *x, const void *y) {
     const Event *a = x, *b = y;
-
-    return a->at != b->at ? (a->at > b->at) - (a->at < b->at)
+    return a->at != b->at     ? (a->at > b->at) - (a->at < b->at)
            : a->run != b->run ? (a->run > b->run) - (a->run < b->run)
                               : (a->index > b->index) - (a->index < b->index);
 }
 
-static Event event_of(const Plan *p, patch_hook hook, int layer, int run, int index, int first) {
-    Event event;
-
-    event.at = hook_layer(p->m, (int)hook, layer) * STAGES + (int)hook;
-    event.run = run;
-    event.index = index;
-    event.first = first;
-    return event;
+static int place_of(const Plan *p, patch_hook hook, int layer) {
+    return hook_layer(p->m, (int)hook, layer) * STAGES + (int)hook;
 }
 
-/* List edits and reads by layer and stage. */
+/* List edits and reads by layer and stage, in which order plan and pass come by: at each stage the
+   next ones in the list are the ones for it, or there are none. */
 static int index_events(Plan *p) {
     size_t n_edits = 0, n_rows = 0, reads = (size_t)p->n_reads;
-    int r, i, n = 0, rows = 0;
+    int rows = 0;
 
-    for (r = 0; r < p->n_runs; r++)
+    for (int r = 0; r < p->n_runs; r++)
         n_edits += (size_t)p->runs[r].n_edits;
-    for (i = 0; i < p->n_reads; i++)
+    for (int i = 0; i < p->n_reads; i++)
         n_rows += (size_t)rows_read(p, &p->reads[i]);
     p->edits = n_edits < INT_MAX / 4 ? pool_take(p->pool, n_edits, sizeof *p->edits) : NULL;
     p->read_events = pool_take(p->pool, reads, sizeof *p->read_events);
     p->read_rows = n_rows < INT_MAX / 4 ? pool_take(p->pool, n_rows, sizeof(int)) : NULL;
     if (!p->edits || !p->read_events || !p->read_rows)
         return 0;
-    for (r = 0; r < p->n_runs; r++)
-        for (i = 0; i < p->runs[r].n_edits; i++) {
+    for (int r = 0; r < p->n_runs; r++)
+        for (int i = 0; i < p->runs[r].n_edits; i++) {
             const patch_edit *e = &p->runs[r].edits[i];
-
-            p->edits[n++] = event_of(p, e->hook, e->layer, r, i, 0);
+            p->edits[p->n_edits++] = (Event){place_of(p, e->hook, e->layer), r, i, 0};
         }
-    for (i = 0; i < p->n_reads; i++) {
+    for (int i = 0; i < p->n_reads; i++) {
         const patch_read *read = &p->reads[i];
-
-        p->read_events[i] = event_of(p, read->hook, read->layer, read->run, i, rows);
+        p->read_events[i] = (Event){place_of(p, read->hook, read->layer), read->run, i, rows};
         rows += rows_read(p, read);
     }
-    p->n_edits = n;
     qsort(p->edits, n_edits, sizeof *p->edits, by_stage);
     qsort(p->read_events, reads, sizeof *p->read_events, by_stage);
     return 1;
 }
 
-/* Sort the runs into classes of equal tokens; without sharing each run is a class of its own. */
+/* Sort the runs into classes of equal tokens, by a trie again: equal prompts end at one node, whose
+   slot keeps the class. Without sharing each run is a class of its own. */
 static int make_classes(Plan *p) {
-    int r, k;
-
+    Stage prompts = {0};
     p->tracks = pool_take(p->pool, (size_t)p->n_runs * 2, sizeof *p->tracks);
     p->track_of = pool_take(p->pool, (size_t)p->n_runs, sizeof(int));
-    if (!p->tracks || !p->track_of || !hash_clear(p, (size_t)p->n_runs * 2 + 64))
+    if (!p->tracks || !p->track_of || !hash_stage(p, &prompts))
         return 0;
-    for (r = 0; r < p->n_runs; r++) {
+    for (int r = 0; r < p->n_runs; r++) {
         const patch_run *run = &p->runs[r];
-        const size_t bytes = (size_t)run->n_tokens * sizeof(int);
-        uint64_t h = 0;
-        size_t at;
-        Track *t;
-
-        for (k = 0; k < run->n_tokens; k++)
-            h = (h ^ (uint32_t)run->tokens[k]) * UINT64_C(0x9E3779B97F4A7C15) + (h >> 29);
-        for (at = (size_t)(h >> 20) & (p->hash_size - 1); p->share && p->hash[at] != 0;
-             at = (at + 1) & (p->hash_size - 1)) {
-            t = &p->tracks[p->hash[at] - 1];
-            if (t->n_tokens == run->n_tokens && memcmp(t->tokens, run->tokens, bytes) == 0)
-                break;
+        int node = -1;
+        for (int k = 0; k < run->n_tokens; k++)
+            if ((node = intern(p, &prompts, node, run->tokens[k], -1)) < 0)
+                return 0;
+        int *class = &prompts.nodes[node].slot;
+        if (*class == DEAD) {
+            p->tracks[p->n_classes] = (Track){run->tokens, run->n_tokens, p->n_classes, 0};
+            *class = p->n_classes++;
         }
-        if (!p->share || p->hash[at] == 0) {
-            t = &p->tracks[p->n_classes];
-            t->tokens = run->tokens;
-            t->n_tokens = run->n_tokens;
-            t->class = p->n_classes;
-            p->hash[at] = ++p->n_classes;
-        }
-        p->track_of[r] = p->share ? p->hash[at] - 1 : r;
+        p->track_of[r] = *class;
         p->T = run->n_tokens > p->T ? run->n_tokens : p->T;
     }
+    pool_give(p->pool, prompts.nodes);
     p->n_tracks = p->n_classes;
     return 1;
 }
 
-static int stage_exists(const Model *m, int layer, const StageRule *rule) {
-    return rule->where == EACH || layer == (rule->where == FIRST ? 0 : m->dims.n_layers - 1);
-}
-
-/* Plan all runs; fails only for want of memory. */
+/* Plan all runs: forwards to make rows, backwards to mark them, forwards to number them. Fails only
+   for want of memory. */
 static int plan_runs(Plan *p) {
     const int n_layers = p->m->dims.n_layers;
-    int layer, k;
-
     p->stages = pool_take(p->pool, (size_t)n_layers * STAGES, sizeof *p->stages);
-    if (!p->stages || !make_classes(p) || !index_events(p))
+    if (!p->stages || !make_classes(p) || !index_events(p) ||
+        !(p->scratch = pool_take(p->pool, (size_t)p->T, sizeof(int))))
         return 0;
-    if ((p->scratch = pool_take(p->pool, (size_t)p->T, sizeof(int))) == NULL)
-        return 0;
-    for (k = 0; k < STAGES; k++)
-        if ((p->table[k] = pool_take(p->pool, (size_t)(p->n_classes + p->n_runs),
-                                     sizeof(int *))) == NULL)
+    for (int k = 0; k < STAGES; k++)
+        if (!(p->table[k] =
+                  pool_take(p->pool, (size_t)(p->n_classes + p->n_runs), sizeof(int *))))
             return 0;
-    for (layer = 0; layer < n_layers; layer++)
-        for (k = 0; k < RULES; k++)
-            if (stage_exists(p->m, layer, &stage_rules[k])) {
-                if (!derive_stage(p, layer, &stage_rules[k]) ||
-                    !edit_stage(p, layer, stage_rules[k].stage))
-                    return 0;
-                note_reads(p, layer * STAGES + stage_rules[k].stage);
-            }
+    for (int layer = 0; layer < n_layers; layer++)
+        for (int k = 0; k < RULES; k++) {
+            const int stage = stage_rules[k].stage;
+            if (hook_layer(p->m, stage, layer) != layer) /* it is in another one */
+                continue;
+            if (!derive_stage(p, layer, &stage_rules[k]) || !edit_stage(p, layer * STAGES + stage))
+                return 0;
+            note_reads(p, layer * STAGES + stage);
+        }
     mark_needed(p);
     number_slots(p);
     return 1;
 }
 
-/* ---- the pass ---- */
+/* ---- the pass ----
+   All is decided; what is left is to compute each stage's rows in slots 0..slots-1 of its buffer:
+   first those of the stage's rule, in bulk, from the buffers of the stages that they are made of,
+   then those of edits, one by one, from rows of the same buffer. */
 
 /* Scratch of one thread for one row of attention. */
 typedef struct Attention {
@@ -2577,7 +2558,7 @@ typedef struct Pass {
     const Model *m;
     Work work;
     float *region[BESIDE]; /* [the most floats of any layer] */
-    float *buffer[STAGES]; /* where the rows of this layer's stages stand */
+    float *buffer[STAGES]; /* where the rows of this layer's stages stand, [slots,width] */
     int *index;            /* [most slots]: rows to gather */
     double *value_bias;    /* [C] b_V, on its way into b_O */
     Attention *attention;  /* [threads] */
@@ -2589,17 +2570,14 @@ typedef struct Pass {
 /* Lay a layer's buffers out in the regions; raises most[] to the floats that these need. */
 static void place_stages(Pass *x, int layer, size_t most[BESIDE]) {
     size_t beside = 0;
-    int k;
-
-    for (k = 0; k < RULES; k++) {
+    for (int k = 0; k < RULES; k++) {
         const StageRule *rule = &stage_rules[k];
         const Region region = rule->region == BESIDE ? WIDE : rule->region;
         const size_t at = rule->region == BESIDE ? beside : 0;
-        size_t end;
-
         if (region == NOWHERE)
             continue;
-        end = (size_t)stage_at(x->p, layer, rule->stage)->slots * hook_width(x->m, rule->stage, 0);
+        size_t end = (size_t)stage_at(x->p, layer, rule->stage)->slots *
+                     hook_width(x->m, rule->stage, 0);
         end = at + (end + LANES - 1) / LANES * LANES;
         x->buffer[rule->stage] = x->region[region] == NULL ? NULL : x->region[region] + at;
         beside = rule->region == BESIDE ? end : beside;
@@ -2611,65 +2589,19 @@ static float *row_of(const Pass *x, int stage, int slot) {
     return x->buffer[stage] + (size_t)slot * hook_width(x->m, stage, 0);
 }
 
-/* Slots of the rows of `parent` that a stage's derived, needed nodes are made of, in order; returns
-   how many. (Of attn_out, made of z, those are left out that an edited result makes.) */
+/* Is this one of the rows that the stage's rule computes: needed, and not an edit's? */
+static int computed(const Node *n) {
+    return n->slot >= 0 && n->edit < 0;
+}
+
+/* Slots of the rows of `parent` that a stage's computed nodes are made of, in order; returns how
+   many. (Of attn_out, made of z, those are left out that an edited result makes.) */
 static size_t gather(Pass *x, const Stage *s, const Stage *parent) {
     size_t n = 0;
-    int i;
-
-    for (i = 0; i < s->n; i++)
-        if (s->nodes[i].edit < 0 && s->nodes[i].slot >= 0 && s->nodes[i].a < parent->n)
+    for (int i = 0; i < s->n; i++)
+        if (computed(&s->nodes[i]) && s->nodes[i].a < parent->n)
             x->index[n++] = parent->nodes[s->nodes[i].a].slot;
     return n;
-}
-
-/* A stage that is one matrix product of the stage it is made of. */
-static patch_status product(Pass *x, int layer, const StageRule *rule, patch_error *e) {
-    const int from = rule->linear == LINEAR_O ? PATCH_Z : rule->a; /* no result is spelled out */
-    const double started = now();
-    Linear l = layer_linear(x->m, (size_t)layer, rule->linear);
-    patch_status s;
-    Rows r;
-
-    r.n = gather(x, stage_at(x->p, layer, rule->stage), stage_at(x->p, layer, from));
-    r.index = x->index;
-    r.x = x->buffer[from];
-    r.ldx = l.k;
-    r.y = x->buffer[rule->stage];
-    r.ldy = l.n;
-    if (l.takes_value_bias)
-        l.shift = x->value_bias;
-    s = linear(&x->work, &l, &r, NULL, e);
-    if (l.drop_bias)
-        memcpy(x->value_bias, x->work.bias, l.n * sizeof *x->value_bias);
-    x->seconds_products += now() - started;
-    return s;
-}
-
-/* Token or position embeddings; with center_writing_weights each row loses its mean. */
-static int embed(Pass *x, const StageRule *rule) {
-    const ModelFile *f = &x->m->file;
-    const Stage *s = stage_at(x->p, 0, rule->stage);
-    int i;
-    size_t j;
-
-    for (i = 0; i < s->n; i++) {
-        const Node *node = &s->nodes[i];
-        double mean = 0;
-        float *row;
-
-        if (node->slot < 0 || node->edit >= 0)
-            continue;
-        row = row_of(x, rule->stage, node->slot);
-        if (!weights_row(f, &f->tensors[rule->stage == PATCH_POS_EMBED], (size_t)node->a, row,
-                         x->work.pool->a))
-            return 0;
-        if (x->m->steps & DID_CENTER_WRITING)
-            mean = x->m->kernels->mean(row, f->C);
-        for (j = 0; j < f->C; j++)
-            row[j] = (float)((double)row[j] - mean);
-    }
-    return 1;
 }
 
 /* Weight and bias of a LayerNorm that is not folded, into w [2,C]; x->ln is NULL where it is. */
@@ -2678,7 +2610,6 @@ static int load_norm(Pass *x, int layer, int stage, float *w) {
     const size_t ln2 = f->processing & DID_FOLD ? (size_t)FOLD_LN2_W : (size_t)RAW_LN2_W;
     const Tensor *t = stage == PATCH_LN_FINAL_NORMALIZED ? tail_tensor(f, 0)
                       : layer_tensor(f, (size_t)layer, stage == PATCH_LN2_NORMALIZED ? ln2 : 0);
-
     x->ln[0] = x->ln[1] = NULL;
     if (x->m->steps & DID_FOLD_LN)
         return 1;
@@ -2688,46 +2619,17 @@ static int load_norm(Pass *x, int layer, int stage, float *w) {
            weights_row(f, t + 1, 0, w + f->C, x->work.pool->a);
 }
 
-/* Stages computed row by row: sums of two rows, LayerNorm's scales, and what it makes of row and
-   scale. */
-static void each_row(Pass *x, int layer, const StageRule *rule) {
-    const Kernels *k = x->m->kernels;
-    const size_t C = x->m->file.C;
-    const Stage *s = stage_at(x->p, layer, rule->stage);
-    const Stage *a = stage_at(x->p, layer, rule->a), *b = stage_at(x->p, layer, rule->b);
-
-    PARALLEL(team(x->m, (double)s->n * 8 * (double)C), schedule(static))
-    for (int i = 0; i < s->n; i++) {
-        const Node *node = &s->nodes[i];
-
-        if (node->slot >= 0 && node->edit < 0) {
-            const float *p = row_of(x, rule->a, a->nodes[node->a].slot);
-            const float *q = rule->rule == PAIR ? row_of(x, rule->b, b->nodes[node->b].slot) : NULL;
-            float *out = row_of(x, rule->stage, node->slot);
-
-            if (rule->how == SCALE)
-                k->norm_scale(p, C, x->m->file.eps, out);
-            else if (rule->how == NORM)
-                k->normalize(p, C, *q, x->ln[0], x->ln[1], out);
-            else
-                for (size_t j = 0; j < C; j++)
-                    out[j] = p[j] + q[j];
-        }
-    }
-}
-
-/* The rows of a prefix, position 0 first; returns how many. */
+/* The rows of a prefix, position 0 first: the way up the trie. Returns how many. */
 static size_t prefix_rows(const Pass *x, int layer, int prefix_stage, int node,
                           const float **rows) {
     const int of = prefix_stage == K_PREFIX ? PATCH_K : PATCH_V;
     const Stage *prefix = stage_at(x->p, layer, prefix_stage), *s = stage_at(x->p, layer, of);
-    size_t n = 0, i;
-    int at;
+    size_t n = 0;
 
-    for (at = node; at >= 0; at = prefix->nodes[at].a)
+    for (int at = node; at >= 0; at = prefix->nodes[at].a)
         n++;
-    for (at = node, i = n; at >= 0; at = prefix->nodes[at].a)
-        rows[--i] = row_of(x, of, s->nodes[prefix->nodes[at].b].slot);
+    for (size_t i = n; node >= 0; node = prefix->nodes[node].a)
+        rows[--i] = row_of(x, of, s->nodes[prefix->nodes[node].b].slot);
     return n;
 }
 
@@ -2735,28 +2637,36 @@ static size_t prefix_rows(const Pass *x, int layer, int prefix_stage, int node,
 static void softmax(const Kernels *k, float *out, size_t n) {
     float most = out[0];
     double sum = 0;
-    size_t i;
-
-    for (i = 1; i < n; i++)
+    for (size_t i = 1; i < n; i++)
         most = out[i] > most ? out[i] : most;
     k->exponentials(out, n, most);
-    for (i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++)
         sum += (double)out[i];
-    for (i = 0; i < n; i++) {
+    for (size_t i = 0; i < n; i++) {
         out[i] = (float)((double)out[i] / sum);
         if (!(out[i] == out[i]))
             out[i] = 0;
     }
 }
 
-/* One head's row of scores or pattern, out [n], of a node of that stage: computed when it is asked
-   for, edits included, so that neither ever needs a buffer. */
+/* What an edit does to a slice y [n]. from [n]: the source's slice or the values; SCALE has
+   none. */
+static void edit_slice(const patch_edit *e, const float *from, float *y, size_t n) {
+    for (size_t j = 0; j < n; j++)
+        y[j] = e->op == PATCH_SCALE ? y[j] * e->factor
+               : e->op == PATCH_ADD ? y[j] + from[j] : from[j];
+}
+
+/* One head's row of scores or pattern, out [n], n sources, of a node of that stage: computed
+   when it is asked for, edits included, so that neither ever needs a buffer. The calls follow
+   the making: an edited pattern asks for the pattern before the edit, that for its scores, these
+   for q and the prefix of keys. Sources behind the destination do not exist, so n is position +
+   1. */
 static void attention_row(const Pass *x, int layer, int stage, int node, size_t head, size_t n,
                           float *out, Attention *scratch) {
     const Node *nd = &stage_at(x->p, layer, stage)->nodes[node];
     const patch_edit *e = nd->edit < 0 ? NULL : edit_of(x->p, nd->edit);
     const size_t D = x->m->file.D;
-    size_t i;
 
     if (e == NULL && stage == PATCH_PATTERN) {
         attention_row(x, layer, PATCH_ATTN_SCORES, nd->a, head, n, out, scratch);
@@ -2764,7 +2674,6 @@ static void attention_row(const Pass *x, int layer, int stage, int node, size_t 
     } else if (e == NULL) {
         const Node *q = &stage_at(x->p, layer, PATCH_Q)->nodes[nd->a];
         const double root = sqrt((double)D) * (x->m->file.inverse_layer ? layer + 1 : 1);
-
         if (scratch->prefix != nd->b)
             prefix_rows(x, layer, K_PREFIX, nd->b, scratch->keys);
         scratch->prefix = nd->b;
@@ -2772,138 +2681,148 @@ static void attention_row(const Pass *x, int layer, int stage, int node, size_t 
                               (float)root, out);
     } else if (e->head >= 0 && (size_t)e->head != head) {
         attention_row(x, layer, stage, nd->a, head, n, out, scratch);
-    } else if (e->op == PATCH_COPY) {
-        attention_row(x, layer, stage, nd->b, head, n, out, scratch);
-        if (e->src >= 0) { /* one entry of the source's row, the rest of one's own */
-            const float entry = (size_t)e->src < n ? out[e->src] : 0;
-
-            attention_row(x, layer, stage, nd->a, head, n, out, scratch);
-            if ((size_t)e->src < n)
-                out[e->src] = entry;
-        }
     } else {
         const size_t T = (size_t)x->p->runs[x->p->edits[nd->edit].run].n_tokens;
-        const size_t first = e->src < 0 ? 0 : (size_t)e->src, end = e->src < 0 ? n : first + 1;
-        const float *values = e->op == PATCH_SCALE ? NULL : edit_values(e, nd->b);
-
-        if (values != NULL && e->head < 0)
-            values += head * (e->src < 0 ? T : 1);
+        const size_t at = e->src < 0 ? 0 : (size_t)e->src; /* entries at .. at + some - 1 change */
+        const size_t some = e->src < 0 ? n : at < n;       /* none where src is masked */
+        const float *from = NULL;
+        float entry;
+        if (e->op == PATCH_COPY) {
+            attention_row(x, layer, stage, nd->b, head, n, out, scratch);
+            if (e->src < 0)
+                return;
+            entry = some ? out[at] : 0;
+            from = &entry;
+        } else if (e->op != PATCH_SCALE)
+            from = edit_values(e, nd->b) + (e->head >= 0 ? 0 : head * (e->src < 0 ? T : 1));
         if (nd->a >= 0)
             attention_row(x, layer, stage, nd->a, head, n, out, scratch);
-        for (i = first; i < end && i < n; i++)
-            out[i] = e->op == PATCH_SET ? values[i - first]
-                     : values ? out[i] + values[i - first] : out[i] * e->factor;
+        edit_slice(e, from, out + at, some);
     }
 }
 
-/* z of all needed rows: each head's pattern times the values of the prefix. */
-static void attend(Pass *x, int layer) {
-    const Stage *z = stage_at(x->p, layer, PATCH_Z);
-    const size_t D = x->m->file.D;
-    const double started = now();
-
-    PARALLEL(team(x->m, (double)z->slots * x->p->T * (double)x->m->file.C), schedule(dynamic, 4))
-    for (int i = 0; i < z->n; i++) {
-        const Node *node = &z->nodes[i];
-        Attention *a = &x->attention[thread_number()];
-        size_t n, h;
-
-        if (node->slot < 0 || node->edit >= 0)
-            continue;
-        a->prefix = -1;
-        n = prefix_rows(x, layer, V_PREFIX, node->b, a->values);
-        for (h = 0; h < x->m->file.H; h++) {
-            attention_row(x, layer, PATCH_PATTERN, node->a, h, n, a->pattern, a);
-            x->m->kernels->mix(a->pattern, a->values, h * D, n, D,
-                               row_of(x, PATCH_Z, node->slot) + h * D);
-        }
-    }
-    x->seconds_attention += now() - started;
-}
-
-/* hook_result where it is asked for: each head's z times its rows of W_O, without b_O. */
+/* hook_result [H,C] of the rows where it is asked for: each head's z times its D rows of W_O,
+   without b_O; H products, together as much work as the one for attn_out. */
 static patch_status spell_out_results(Pass *x, int layer, patch_error *e) {
     const ModelFile *f = &x->m->file;
+    const size_t n = gather(x, stage_at(x->p, layer, PATCH_RESULT), stage_at(x->p, layer, PATCH_Z));
     patch_status s = PATCH_OK;
-    Rows r;
-    size_t h;
-
-    r.n = gather(x, stage_at(x->p, layer, PATCH_RESULT), stage_at(x->p, layer, PATCH_Z));
-    r.index = x->index;
-    r.ldx = f->C;
-    r.ldy = f->H * f->C;
-    for (h = 0; r.n > 0 && h < f->H && s == PATCH_OK; h++) {
+    for (size_t h = 0; n > 0 && h < f->H && s == PATCH_OK; h++) {
+        const Rows r = {.n = n, .index = x->index, .ldx = f->C, .ldy = f->H * f->C,
+                        .x = x->buffer[PATCH_Z] + h * f->D,
+                        .y = x->buffer[PATCH_RESULT] + h * f->C};
         Linear l = layer_linear(x->m, (size_t)layer, LINEAR_O);
-
         l.k = f->D;
         l.first_row = h * f->D;
         l.bias = NULL;
         l.dense_bias = NULL;
-        r.x = x->buffer[PATCH_Z] + h * f->D;
-        r.y = x->buffer[PATCH_RESULT] + h * f->C;
         s = linear(&x->work, &l, &r, NULL, e);
     }
     return s;
 }
 
 /* attn_out of the rows whose heads' results were edited: their sum, and b_O, which the product
-   before has left in the scratch. */
+   before has left in the scratch. Only of those: for all others that product is attn_out, since to
+   spell out their results would double its work. The last bits of the two ways differ. */
 static void sum_results(Pass *x, int layer) {
     const ModelFile *f = &x->m->file;
-    const Stage *s = stage_at(x->p, layer, PATCH_ATTN_OUT),
-                *result = stage_at(x->p, layer, PATCH_RESULT);
-    size_t h, j;
-    int i;
-
-    for (i = 0; i < s->n; i++) {
-        const Node *node = &s->nodes[i], *from = node->edit < 0 ? &result->nodes[node->a] : NULL;
-        const float *in;
-
-        if (node->slot < 0 || from == NULL || from->edit < 0)
+    const Stage *s = stage_at(x->p, layer, PATCH_ATTN_OUT);
+    const Stage *result = stage_at(x->p, layer, PATCH_RESULT);
+    for (int i = 0; i < s->n; i++) {
+        const Node *node = &s->nodes[i];
+        if (!computed(node) || result->nodes[node->a].edit < 0)
             continue;
-        in = row_of(x, PATCH_RESULT, from->slot);
-        for (j = 0; j < f->C; j++) {
+        const float *in = row_of(x, PATCH_RESULT, result->nodes[node->a].slot); /* [H,C] */
+        for (size_t j = 0; j < f->C; j++) {
             float sum = 0;
-
-            for (h = 0; h < f->H; h++)
+            for (size_t h = 0; h < f->H; h++)
                 sum += in[h * f->C + j];
             row_of(x, PATCH_ATTN_OUT, node->slot)[j] = sum + (float)x->work.bias[j];
         }
     }
 }
 
+/* A stage that is one matrix product of the stage it is made of; attn_out is made of z, and no
+   result is spelled out, but where an edit asks for it. */
+static patch_status product(Pass *x, int layer, const StageRule *rule, patch_error *e) {
+    const int from = rule->linear == LINEAR_O ? PATCH_Z : rule->a;
+    const double started = now();
+    Linear l = layer_linear(x->m, (size_t)layer, rule->linear);
+    const Rows r = {.n = gather(x, stage_at(x->p, layer, rule->stage), stage_at(x->p, layer, from)),
+                    .index = x->index, .x = x->buffer[from], .ldx = l.k,
+                    .y = x->buffer[rule->stage], .ldy = l.n};
+    if (l.takes_value_bias)
+        l.shift = x->value_bias;
+    const patch_status s = linear(&x->work, &l, &r, NULL, e);
+    if (l.drop_bias) /* v's, which the same layer's W_O adds instead: fold_value_biases */
+        memcpy(x->value_bias, x->work.bias, l.n * sizeof *x->value_bias);
+    x->seconds_products += now() - started;
+    if (s == PATCH_OK && rule->linear == LINEAR_O)
+        sum_results(x, layer);
+    return s;
+}
+
+/* Compute one row of a stage that goes row by row; 0: a weight cannot be read (EMBED). Rows do not
+   know of each other: threads may take them in any order. */
+static int make_row(const Pass *x, int layer, const StageRule *rule, const Node *node) {
+    const Kernels *k = x->m->kernels;
+    const ModelFile *f = &x->m->file;
+    const size_t C = f->C, D = f->D;
+    float *out = row_of(x, rule->stage, node->slot);
+
+    if (rule->how == EMBED) { /* with center_writing_weights each row loses its mean */
+        if (!weights_row(f, &f->tensors[rule->stage == PATCH_POS_EMBED], (size_t)node->a, out,
+                         x->work.pool->a))
+            return 0;
+        const double mean = x->m->steps & DID_CENTER_WRITING ? k->mean(out, C) : 0;
+        for (size_t j = 0; j < C; j++)
+            out[j] = (float)((double)out[j] - mean);
+    } else if (rule->how == ATTEND) { /* z: each head's pattern times the values of the prefix */
+        Attention *a = &x->attention[thread_number()];
+        const size_t n = prefix_rows(x, layer, V_PREFIX, node->b, a->values);
+        a->prefix = -1;
+        for (size_t h = 0; h < f->H; h++) {
+            attention_row(x, layer, PATCH_PATTERN, node->a, h, n, a->pattern, a);
+            k->mix(a->pattern, a->values, h * D, n, D, out + h * D);
+        }
+    } else if (rule->how == ACTIVATE) { /* where mlp_pre stood, which nobody reads any more */
+        k->activate(f->act_fn, out, f->M);
+    } else {
+        const float *p = row_of(x, rule->a, stage_at(x->p, layer, rule->a)->nodes[node->a].slot);
+        const float *q = rule->how == SCALE ? NULL /* else what PAIR pairs it with */
+                         : row_of(x, rule->b, stage_at(x->p, layer, rule->b)->nodes[node->b].slot);
+        if (rule->how == SCALE)
+            k->norm_scale(p, C, f->eps, out);
+        else if (rule->how == NORM)
+            k->normalize(p, C, *q, x->ln[0], x->ln[1], out);
+        else
+            for (size_t j = 0; j < C; j++)
+                out[j] = p[j] + q[j];
+    }
+    return 1;
+}
+
 /* Compute the derived rows of one stage of one layer. */
 static patch_status compute_stage(Pass *x, int layer, const StageRule *rule, patch_error *e) {
-    const size_t M = x->m->file.M;
-    const int inner = stage_at(x->p, layer, PATCH_MLP_PRE)->slots;
-    patch_status s;
+    const Stage *s = stage_at(x->p, layer, rule->stage);
+    const double each = (double)x->m->file.C * (rule->how == ATTEND ? x->p->T : 8);
+    const double started = now();
+    int readable = 1;
 
-    switch (rule->how) {
-    case EMBED: return embed(x, rule) ? PATCH_OK : unreadable(x->m, e);
-    case NORM:
-        if (!load_norm(x, layer, rule->stage, x->work.scale))
-            return unreadable(x->m, e);
-        each_row(x, layer, rule);
+    if (rule->how == LATER || stays(layer, rule))
         return PATCH_OK;
-    case SCALE: each_row(x, layer, rule); return PATCH_OK;
-    case ADD:
-        if (!stays(layer, rule))
-            each_row(x, layer, rule);
-        return PATCH_OK;
-    case LINEAR:
-        s = product(x, layer, rule, e);
-        if (s == PATCH_OK && rule->linear == LINEAR_O)
-            sum_results(x, layer);
-        return s;
-    case ATTEND: attend(x, layer); return PATCH_OK;
-    case SPELL_OUT: return spell_out_results(x, layer, e);
-    case ACTIVATE:
-        PARALLEL(team(x->m, 8.0 * inner * (double)M), schedule(static))
-        for (int i = 0; i < inner; i++)
-            x->m->kernels->activate(x->m->file.act_fn, x->buffer[PATCH_MLP_PRE] + (size_t)i * M, M);
-        return PATCH_OK;
-    default: return PATCH_OK;
-    }
+    if (rule->how == SPELL_OUT)
+        return spell_out_results(x, layer, e);
+    if (rule->how == LINEAR)
+        return product(x, layer, rule, e);
+    if (rule->how == NORM)
+        readable = load_norm(x, layer, rule->stage, x->work.scale);
+    PARALLEL(rule->how == EMBED ? 1 : team(x->m, s->n * each), schedule(dynamic, 4))
+    for (int i = 0; i < s->n; i++)
+        if (computed(&s->nodes[i]) && !make_row(x, layer, rule, &s->nodes[i]))
+            readable = 0; /* EMBED, which reads the file, has one thread */
+    x->seconds_attention += rule->how == ATTEND ? now() - started : 0;
+    return readable ? PATCH_OK : unreadable(x->m, e);
 }
 
 /* Make the rows that edits make: a copy of the row before, changed in one slice. A row comes after
@@ -2911,32 +2830,20 @@ static patch_status compute_stage(Pass *x, int layer, const StageRule *rule, pat
 static void apply_edits(Pass *x, int layer, int stage) {
     const Stage *s = stage_at(x->p, layer, stage);
     const size_t width = hook_width(x->m, stage, 0);
-    const size_t part =
-        hook_facts[stage].shape == 'Z' ? x->m->file.D : x->m->file.C; /* of a head */
-    int i;
-    size_t j;
-
-    for (i = 0; i < s->n; i++) {
+    const size_t part = hook_facts[stage].shape == 'Z' ? x->m->file.D : x->m->file.C; /* a head's */
+    for (int i = 0; i < s->n; i++) {
         const Node *node = &s->nodes[i];
-        const patch_edit *e = node->edit < 0 || node->slot < 0 ? NULL : edit_of(x->p, node->edit);
-        const float *from = NULL;
-        size_t at, n;
-        float *row;
-
-        if (e == NULL)
+        if (node->edit < 0 || node->slot < 0)
             continue;
-        at = e->head >= 0 ? (size_t)e->head * part : 0;
-        n = e->head >= 0 ? part : width;
-        row = row_of(x, stage, node->slot);
+        const patch_edit *e = edit_of(x->p, node->edit);
+        const size_t at = e->head >= 0 ? (size_t)e->head * part : 0;
+        const float *from = e->op == PATCH_SCALE  ? NULL
+                            : e->op == PATCH_COPY ? row_of(x, stage, s->nodes[node->b].slot) + at
+                                                  : edit_values(e, node->b);
+        float *row = row_of(x, stage, node->slot);
         if (node->a >= 0)
             memcpy(row, row_of(x, stage, s->nodes[node->a].slot), width * sizeof *row);
-        if (e->op == PATCH_COPY)
-            from = row_of(x, stage, s->nodes[node->b].slot) + at;
-        else if (e->op != PATCH_SCALE)
-            from = edit_values(e, node->b);
-        for (j = 0; j < n; j++)
-            row[at + j] = from == NULL ? row[at + j] * e->factor
-                          : e->op == PATCH_ADD ? row[at + j] + from[j] : from[j];
+        edit_slice(e, from, row + at, e->head >= 0 ? part : width);
     }
 }
 
@@ -2944,17 +2851,13 @@ static void apply_edits(Pass *x, int layer, int stage) {
    destination are masked: -inf and 0. */
 static void read_attention(Pass *x, int layer, const patch_read *r, const int *rows) {
     const size_t T = (size_t)x->p->runs[r->run].n_tokens, n_rows = r->pos < 0 ? T : 1;
-    size_t h, i, j;
-
-    for (i = 0; i < n_rows; i++) {
+    for (size_t i = 0; i < n_rows; i++) {
         const size_t n = (r->pos < 0 ? i : (size_t)r->pos) + 1;
-
         x->attention->prefix = -1;
-        for (h = 0; h < x->m->file.H; h++) {
+        for (size_t h = 0; h < x->m->file.H; h++) {
             float *out = r->out + (h * n_rows + i) * T;
-
             attention_row(x, layer, (int)r->hook, rows[i], h, n, out, x->attention);
-            for (j = n; j < T; j++)
+            for (size_t j = n; j < T; j++)
                 out[j] = r->hook == PATCH_ATTN_SCORES ? -(float)INFINITY : 0;
         }
     }
@@ -2963,163 +2866,165 @@ static void read_attention(Pass *x, int layer, const patch_read *r, const int *r
 /* Hand back what is read at a stage that is done. */
 static void serve_reads(Pass *x, int layer, int stage) {
     const Plan *p = x->p;
-    const Stage *s = stage_at(p, layer, stage);
-    int j;
-
     for (; x->next_read < p->n_reads; x->next_read++) {
         const Event *event = &p->read_events[x->next_read];
         const patch_read *r = &p->reads[event->index];
-        const int *rows = p->read_rows + event->first, attention = hook_facts[r->hook].shape == 'P';
+        const int *rows = p->read_rows + event->first;
         const size_t width = hook_width(x->m, (int)r->hook, 0);
-
         if (event->at != layer * STAGES + stage)
             return;
-        if (r->out != NULL && attention)
+        if (r->out == NULL)
+            continue;
+        if (hook_facts[r->hook].shape == 'P')
             read_attention(x, layer, r, rows);
-        for (j = 0; r->out != NULL && !attention && j < rows_read(p, r); j++)
-            memcpy(r->out + (size_t)j * width, row_of(x, stage, s->nodes[rows[j]].slot),
-                   width * sizeof *r->out);
+        else
+            for (int j = 0; j < rows_read(p, r); j++)
+                memcpy(r->out + (size_t)j * width,
+                       row_of(x, stage, stage_at(p, layer, stage)->nodes[rows[j]].slot),
+                       width * sizeof *r->out);
     }
 }
 
 /* Measure all layers' regions and take them, and scratch for attention. */
 static patch_status pass_begin(Pass *x, const Plan *p, patch_stats *stats, patch_error *e) {
     const size_t T = (size_t)p->T, threads = (size_t)p->m->threads;
-    size_t most[BESIDE] = {0}, slots = 1, t;
-    int layer, k, ok;
-    const float **rows;
-    float *pattern;
-    patch_status s;
-
-    memset(x, 0, sizeof *x);
-    x->p = p;
-    x->m = p->m;
-    for (layer = 0; layer < p->m->dims.n_layers; layer++) {
+    size_t most[BESIDE] = {0}, slots = 1;
+    *x = (Pass){.p = p, .m = p->m};
+    for (int layer = 0; layer < p->m->dims.n_layers; layer++) {
         place_stages(x, layer, most);
-        for (k = 0; k < STAGES; k++)
+        for (int k = 0; k < STAGES; k++)
             if ((size_t)stage_at(p, layer, k)->slots > slots)
                 slots = (size_t)stage_at(p, layer, k)->slots;
     }
-    if ((s = work_begin(&x->work, p->m, p->pool, stats, e)) != PATCH_OK)
+    const patch_status s = work_begin(&x->work, p->m, p->pool, stats, e);
+    if (s != PATCH_OK)
         return s;
     x->index = pool_take(p->pool, slots, sizeof(int));
     x->value_bias = pool_take(p->pool, p->m->file.C, sizeof(double));
     x->attention = pool_take(p->pool, threads, sizeof *x->attention);
-    rows = pool_take(p->pool, threads * 2 * T, sizeof *rows);
-    pattern = pool_take(p->pool, threads * T, sizeof *pattern);
-    ok = x->index && x->value_bias && x->attention && rows && pattern;
-    for (k = STREAM; ok && k < BESIDE; k++)
+    const float **rows = pool_take(p->pool, threads * 2 * T, sizeof *rows);
+    float *pattern = pool_take(p->pool, threads * T, sizeof *pattern);
+    int ok = x->index && x->value_bias && x->attention && rows && pattern;
+    for (int k = STREAM; ok && k < BESIDE; k++)
         ok = (x->region[k] = pool_raw(p->pool, most[k], sizeof(float))) != NULL;
-    for (t = 0; ok && t < threads; t++) {
-        x->attention[t].keys = rows + 2 * t * T;
-        x->attention[t].values = x->attention[t].keys + T;
-        x->attention[t].pattern = pattern + t * T;
-    }
+    for (size_t t = 0; ok && t < threads; t++)
+        x->attention[t] = (Attention){rows + 2 * t * T, rows + 2 * t * T + T, pattern + t * T, -1};
     return ok ? PATCH_OK : no_memory(e, "one pass", p->pool->refused);
 }
 
 /* One pass over the weights: every layer, every stage, every needed row. */
 static patch_status run_pass(Pass *x, patch_error *e) {
     size_t most[BESIDE] = {0};
-    int layer, k;
-
-    for (layer = 0; layer < x->m->dims.n_layers; layer++) {
+    patch_status s = PATCH_OK;
+    for (int layer = 0; layer < x->m->dims.n_layers && s == PATCH_OK; layer++) {
         place_stages(x, layer, most);
-        for (k = 0; k < RULES; k++) {
+        for (int k = 0; k < RULES && s == PATCH_OK; k++) {
             const StageRule *rule = &stage_rules[k];
-            patch_status s;
-
-            if (!stage_exists(x->m, layer, rule))
+            if (hook_layer(x->m, rule->stage, layer) != layer ||
+                (s = compute_stage(x, layer, rule, e)) != PATCH_OK)
                 continue;
-            if ((s = compute_stage(x, layer, rule, e)) != PATCH_OK)
-                return s;
             if (rule->region != NOWHERE)
                 apply_edits(x, layer, rule->stage);
             serve_reads(x, layer, rule->stage);
         }
     }
-    return PATCH_OK;
+    return s;
 }
 
 /* What a plan asks for and what of it has to be computed, in rows of a layer. */
 static void count_rows(const Plan *p, patch_stats *stats) {
     double asked = 0, rows = 0;
-    int layer, r;
-
-    for (r = 0; r < p->n_runs; r++)
+    for (int r = 0; r < p->n_runs; r++)
         asked += (double)p->runs[r].n_tokens * p->m->dims.n_layers;
-    for (layer = 0; layer < p->m->dims.n_layers; layer++)
+    for (int layer = 0; layer < p->m->dims.n_layers; layer++)
         rows += stage_at(p, layer, PATCH_RESID_POST)->slots;
     stats->rows += rows;
     stats->rows_shared += asked - rows;
     stats->passes += 1;
 }
 
-/* Memory that one call may take for plan and rows: what max_memory leaves beside the model, the
-   largest mapped matrix and the program; without it, `standard`. */
-static size_t memory_limit(const Model *m, size_t standard) {
-    const size_t C = m->file.C, M = m->file.M > 3 * C ? m->file.M : 3 * C;
-    const size_t fixed = C * M * sizeof(float) + ((size_t)6 << 20) + m->file.tokenizer_bytes * 2 +
-                         m->file.V * 16;
-
-    if (m->options.max_memory == 0)
-        return standard;
-    return m->options.max_memory > fixed ? m->options.max_memory - fixed : 0;
-}
-
-/* patch_execute with the sharing switched on or off, in memory of this pool. */
+/* patch_execute, with sharing or without, in memory of this pool. */
 static patch_status execute(const Model *m, Pool *pool, const patch_run *runs, size_t n_runs,
-                            patch_read *reads, size_t n_reads, int share, patch_stats *stats,
+                            patch_read *reads, size_t n_reads, Mode mode, patch_stats *stats,
                             patch_error *e) {
     const double started = now();
-    double planned;
-    Plan p;
+    Plan p = {.m = m, .pool = pool, .runs = runs, .reads = reads, .n_runs = (int)n_runs,
+              .n_reads = (int)n_reads, .share = mode != UNSHARED};
     Pass x;
     patch_status s = check_runs(m, runs, n_runs, reads, n_reads, e);
 
     if (s != PATCH_OK)
         return s;
-    memset(&p, 0, sizeof p);
-    p.m = m;
-    p.pool = pool;
-    p.runs = runs;
-    p.reads = reads;
-    p.n_runs = (int)n_runs;
-    p.n_reads = (int)n_reads;
-    p.share = share;
     if (!plan_runs(&p))
         return no_memory(e, "plan", pool->refused);
-    planned = now();
-    if ((s = pass_begin(&x, &p, stats, e)) == PATCH_OK)
-        s = run_pass(&x, e);
-    if (s == PATCH_OK && stats != NULL) {
-        count_rows(&p, stats);
-        stats->seconds_plan += planned - started;
-        stats->seconds_products += x.seconds_products;
-        stats->seconds_attention += x.seconds_attention;
-        stats->seconds_rest += now() - planned - x.seconds_products - x.seconds_attention;
-        if ((double)pool->bytes > stats->peak_bytes)
-            stats->peak_bytes = (double)pool->bytes;
-    }
+    const double planned = now();
+    s = pass_begin(&x, &p, stats, e);
+    if (mode == SIZED || s != PATCH_OK || (s = run_pass(&x, e)) != PATCH_OK || stats == NULL)
+        return s;
+    count_rows(&p, stats);
+    stats->seconds_plan += planned - started;
+    stats->seconds_products += x.seconds_products;
+    stats->seconds_attention += x.seconds_attention;
+    stats->seconds_rest += now() - planned - x.seconds_products - x.seconds_attention;
+    if ((double)pool->bytes > stats->peak_bytes)
+        stats->peak_bytes = (double)pool->bytes;
     return s;
+}
+
+/* ---- bounded memory ---- */
+
+/* What max_memory has to hold beside plan and rows: the largest mapped matrix, the program, and
+   what the tokenizer takes. */
+static size_t fixed_memory(const Model *m) {
+    const size_t C = m->file.C, M = m->file.M > 3 * C ? m->file.M : 3 * C;
+    return C * M * sizeof(float) + ((size_t)6 << 20) + m->file.tokenizer_bytes * 2 +
+           m->file.V * 16;
+}
+
+/* Bytes that one call may take for plan and rows; `standard` where max_memory does not say. */
+static size_t memory_limit(const Model *m, size_t standard) {
+    const size_t bound = m->options.max_memory, fixed = fixed_memory(m);
+    return bound == 0 ? standard : bound > fixed ? bound - fixed : 0;
+}
+
+/* The error of a call for which max_memory is too small. sized: the pool of the same call, or of
+   its first piece, done SIZED without the bound; s its status. It has held the most that the
+   piece takes; an eighth is for other pieces, which differ a little. Where the bound would have
+   done, the allocator was at fault, and the error stays as it is. */
+static patch_status too_little(const Model *m, Pool *sized, patch_status s, patch_error *e) {
+    const size_t limit = memory_limit(m, SIZE_MAX), enough = sized->peak + sized->peak / 8;
+    if (s == PATCH_OK && sized->peak > limit)
+        fail(e, PATCH_E_MEMORY, "max_memory",
+             "no memory for the %.2f MB of the smallest piece of work: of %.2f MB the model and "
+             "the program leave %.2f MB; give %luK or more",
+             (double)sized->peak / 1e6, (double)m->options.max_memory / 1e6, (double)limit / 1e6,
+             (unsigned long)((fixed_memory(m) + enough + 1023) / 1024));
+    return pool_end(sized, PATCH_E_MEMORY);
 }
 
 patch_status patch_execute(const patch_model *m, const patch_run *runs, size_t n_runs,
                            patch_read *reads, size_t n_reads, patch_stats *stats, patch_error *e) {
     Pool pool = pool_begin(&m->allocator, memory_limit(m, SIZE_MAX / 2));
-
-    return pool_end(&pool, execute(m, &pool, runs, n_runs, reads, n_reads, 1, stats, e));
+    patch_status s = execute(m, &pool, runs, n_runs, reads, n_reads, SHARED, stats, e);
+    pool_end(&pool, s);
+    if (s != PATCH_E_MEMORY || m->options.max_memory == 0)
+        return s;
+    pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    s = execute(m, &pool, runs, n_runs, reads, n_reads, SIZED, NULL, NULL);
+    return too_little(m, &pool, s, e);
 }
 
-
-/* ---- the cache: run_with_cache ---- */
+/* ---- the cache: run_with_cache ----
+   One run a prompt, and for each hook point that a glob matches a read of all its positions, into
+   one array behind the other: nothing more is needed. */
 
 struct patch_cache {
+    Pool pool; /* all its memory, this struct too */
     patch_allocator allocator;
     size_t n;
-    patch_tensor *tensors;
-    char (*names)[64];
-    float *data;
+    patch_tensor *tensors; /* [n] */
+    char (*names)[64];     /* [n] */
+    float *data;           /* all of them, one behind the other */
 };
 
 /* Does [...] at *glob (behind the bracket) hold c? Moves *glob behind the closing bracket; a
@@ -3127,16 +3032,14 @@ struct patch_cache {
 static int in_brackets(const char **glob, char c) {
     const char *g = *glob;
     const int negated = *g == '!';
+    const unsigned char byte = (unsigned char)c;
     int found = 0;
-
-    if (negated)
-        g++;
+    g += negated;
     do {
         if (*g == 0)
             return c == '[';
         if (g[1] == '-' && g[2] != ']' && g[2] != 0) {
-            found |=
-                (unsigned char)g[0] <= (unsigned char)c && (unsigned char)c <= (unsigned char)g[2];
+            found |= (unsigned char)g[0] <= byte && byte <= (unsigned char)g[2];
             g += 3;
         } else
             found |= *g++ == c;
@@ -3150,19 +3053,12 @@ static int in_brackets(const char **glob, char c) {
    of the lengths. */
 static int glob_matches(const char *glob, const char *name) {
     const char *star = NULL, *retry = NULL;
-
     while (*name != 0) {
         const char *rest = glob + 1;
-        int ok;
-
         if (*glob == '*') {
             star = glob++;
             retry = name;
-            continue;
-        }
-        ok = *glob == '?' ||
-             (*glob == '[' ? in_brackets(&rest, *name) : *glob == *name && *glob != 0);
-        if (ok) {
+        } else if (*glob == '?' || (*glob == '[' ? in_brackets(&rest, *name) : *glob == *name)) {
             glob = rest;
             name++;
         } else if (star != NULL) {
@@ -3176,80 +3072,63 @@ static int glob_matches(const char *glob, const char *name) {
     return *glob == 0;
 }
 
-/* TransformerLens's shape of a hook point over B prompts of T tokens. */
-static void tensor_shape(const Model *m, int hook, size_t B, size_t T, patch_tensor *t) {
+/* TransformerLens's shape of a hook point over B prompts of T tokens; returns its floats. */
+static size_t tensor_shape(const Model *m, int hook, size_t B, size_t T, patch_tensor *t) {
     const ModelFile *f = &m->file;
     const char shape = hook_facts[hook].shape;
-
+    const size_t last = shape == 'P' ? T : shape == 'Z' ? f->D : shape == 'R' ? f->C : 1;
     t->rank = strchr("ZRP", shape) ? 4 : 3;
     t->shape[0] = B;
     t->shape[1] = shape == 'P' ? f->H : T;
-    t->shape[2] = shape == 'P'   ? T
-                  : shape == 'M' ? f->M
-                  : shape == '1' ? 1
-                  : shape == 'C' ? f->C
-                                 : f->H;
-    t->shape[3] = shape == 'P' ? T : shape == 'Z' ? f->D : shape == 'R' ? f->C : 1;
-}
-
-static size_t tensor_floats(const patch_tensor *t) {
-    return t->shape[0] * t->shape[1] * t->shape[2] * (t->rank == 4 ? t->shape[3] : 1);
+    t->shape[2] = shape == 'P' ? T : t->rank == 4 ? f->H : hook_width(m, hook, T);
+    t->shape[3] = last;
+    return B * t->shape[1] * t->shape[2] * last;
 }
 
 /* Go through all hook points that a glob matches, in the order of the forward pass; with c == NULL
    only count them and the floats they take. Returns how many there are. */
 static size_t match_hooks(const Model *m, size_t B, size_t T, const char *const *globs,
                           size_t n_globs, patch_cache *c, patch_read *reads, size_t *floats) {
-    size_t n = 0, g, b;
-    int layer, hook;
+    size_t n = 0;
 
     *floats = 0;
-    for (layer = 0; layer < m->dims.n_layers; layer++)
-        for (hook = 0; hook < PATCH_N_HOOKS; hook++) {
-            patch_tensor t = {NULL, NULL, 0, {0, 0, 0, 0}};
-            char name[64];
+    for (int at = 0; at < m->dims.n_layers * PATCH_N_HOOKS; at++) {
+        const int layer = at / PATCH_N_HOOKS, hook = at % PATCH_N_HOOKS;
+        patch_tensor t = {0};
+        char name[64];
+        size_t g = 0;
 
-            if (hook_layer(m, hook, layer) != layer)
-                continue;
-            patch_hook_name((patch_hook)hook, layer, name, sizeof name);
-            for (g = 0; g < n_globs; g++)
-                if (glob_matches(globs[g], name) &&
-                    (hook != PATCH_RESULT || strstr(globs[g], "result")))
-                    break;
-            if (g == n_globs)
-                continue;
-            tensor_shape(m, hook, B, T, &t);
-            for (b = 0; c != NULL && b < B; b++) {
-                patch_read *r = &reads[n * B + b];
-
-                r->hook = (patch_hook)hook;
-                r->layer = layer;
-                r->run = (int)b;
-                r->pos = -1;
-                r->out = c->data + *floats + b * (tensor_floats(&t) / B);
-            }
-            if (c != NULL) {
-                memcpy(c->names[n], name, sizeof name);
-                t.name = c->names[n];
-                t.data = c->data + *floats;
-                c->tensors[n] = t;
-            }
-            *floats += tensor_floats(&t);
-            n++;
+        if (hook_layer(m, hook, layer) != layer)
+            continue;
+        patch_hook_name((patch_hook)hook, layer, name, sizeof name);
+        while (g < n_globs && (!glob_matches(globs[g], name) ||
+                               (hook == PATCH_RESULT && !strstr(globs[g], "result"))))
+            g++;
+        if (g == n_globs)
+            continue;
+        const size_t size = tensor_shape(m, hook, B, T, &t);
+        if (c != NULL) {
+            memcpy(c->names[n], name, sizeof name);
+            t.name = c->names[n];
+            t.data = c->data + *floats;
+            c->tensors[n] = t;
+            for (size_t b = 0; b < B; b++)
+                reads[n * B + b] = (patch_read){(patch_hook)hook, layer, (int)b, -1,
+                                                c->data + *floats + b * (size / B), 0};
         }
+        *floats += size;
+        n++;
+    }
     return n;
 }
 
 void patch_cache_free(patch_cache *c) {
-    patch_allocator a;
-
     if (c == NULL)
         return;
-    a = c->allocator;
-    give(&a, c->tensors);
-    give(&a, c->names);
-    give(&a, c->data);
-    give(&a, c);
+    const patch_allocator a = c->allocator; /* the model's may be gone, and this goes too */
+    Pool pool = c->pool;
+    pool.a = &a;
+    pool_end(&pool, PATCH_OK);
 }
 
 size_t patch_cache_count(const patch_cache *c) {
@@ -3260,97 +3139,84 @@ patch_tensor patch_cache_get(const patch_cache *c, size_t index) {
     return c->tensors[index];
 }
 
-/* Does every glob match a hook point? */
-static patch_status check_globs(const Model *m, const char *const *globs, size_t n_globs,
-                                patch_error *e) {
-    size_t g, floats;
+patch_status patch_run_with_cache(const patch_model *m, const int *tokens, size_t n_prompts,
+                                  size_t n_tokens, const char *const *globs, size_t n_globs,
+                                  size_t *needed, patch_cache **cache, patch_error *e) {
+    size_t floats, run = 0;
 
-    for (g = 0; g < n_globs; g++)
+    if (cache != NULL)
+        *cache = NULL;
+    for (size_t g = 0; g < n_globs; g++)
         if (match_hooks(m, 1, 1, &globs[g], 1, NULL, NULL, &floats) == 0)
             return fail(e, PATCH_E_INPUT, globs[g],
                         "no hook point has this name; try *hook_resid_pre or *, names are "
                         "TransformerLens's");
-    return PATCH_OK;
-}
-
-patch_status patch_run_with_cache(const patch_model *m, const int *tokens, size_t n_prompts,
-                                  size_t n_tokens, const char *const *globs, size_t n_globs,
-                                  size_t *needed, patch_cache **cache, patch_error *e) {
-    const patch_allocator *a = &m->allocator;
-    Pool pool = pool_begin(a, SIZE_MAX / 2);
-    patch_cache *c = NULL;
-    patch_read *reads;
-    patch_run *runs;
-    size_t n, b, floats, run = 0;
-    patch_status s = check_globs(m, globs, n_globs, e);
-
-    if (cache != NULL)
-        *cache = NULL;
-    if (s != PATCH_OK)
-        return s;
     WITHIN("number of prompts", n_prompts, 1, INT_MAX / 4);
     WITHIN("number of tokens", n_tokens, 1, m->dims.n_ctx);
-    n = match_hooks(m, n_prompts, n_tokens, globs, n_globs, NULL, NULL, &floats);
+    const size_t n = match_hooks(m, n_prompts, n_tokens, globs, n_globs, NULL, NULL, &floats);
     if (needed != NULL)
         *needed = floats * sizeof(float);
     if (cache == NULL)
         return PATCH_OK;
-    reads = pool_take(&pool, n * n_prompts, sizeof *reads);
-    runs = pool_take(&pool, n_prompts, sizeof *runs);
-    if ((c = take_zeroed(a, 1, sizeof *c)) != NULL) {
-        c->allocator = *a;
-        c->n = n;
-        c->tensors = take_zeroed(a, n, sizeof *c->tensors);
-        c->names = take_zeroed(a, n, sizeof *c->names);
-        c->data = take(a, floats, sizeof *c->data);
-    }
-    if (c == NULL || !c->tensors || !c->names || !c->data || !reads || !runs)
-        s = no_memory(e, "cache", floats * sizeof(float));
-    for (b = 0; s == PATCH_OK && b < n_prompts; b++) {
-        runs[b].tokens = tokens + b * n_tokens;
-        runs[b].n_tokens = (int)n_tokens;
-    }
-    if (s == PATCH_OK) {
-        match_hooks(m, n_prompts, n_tokens, globs, n_globs, c, reads, &floats);
-        s = patch_execute(m, runs, n_prompts, reads, n * n_prompts, NULL, e);
-    }
-    if (s == PATCH_OK)
-        *cache = c;
-    else
-        patch_cache_free(c);
-    return pool_end(&pool, s);
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    patch_cache *c = pool_take(&pool, 1, sizeof *c);
+    patch_read *reads = pool_take(&pool, n * n_prompts, sizeof *reads);
+    patch_run *runs = pool_take(&pool, n_prompts, sizeof *runs);
+    if (!c || !reads || !runs || !(c->tensors = pool_take(&pool, n, sizeof *c->tensors)) ||
+        !(c->names = pool_take(&pool, n, sizeof *c->names)) ||
+        !(c->data = pool_raw(&pool, floats, sizeof *c->data)))
+        return pool_end(&pool, no_memory(e, "cache", floats * sizeof(float)));
+    for (; run < n_prompts; run++)
+        runs[run] = (patch_run){tokens + run * n_tokens, (int)n_tokens, NULL, 0};
+    c->n = match_hooks(m, n_prompts, n_tokens, globs, n_globs, c, reads, &floats);
+    const patch_status s = patch_execute(m, runs, n_prompts, reads, n * n_prompts, NULL, e);
+    if (s != PATCH_OK)
+        return pool_end(&pool, s);
+    pool_give(&pool, reads);
+    pool_give(&pool, runs);
+    c->pool = pool;
+    c->allocator = m->allocator;
+    *cache = c;
+    return PATCH_OK;
 }
 
 /* ==== 9. Metrics =================================================================================
-   What is asked of a run's final row x [C], that of the last position behind the final LayerNorm:
-   logits = x . W_U + b_U. A logit difference needs two columns of W_U, and is taken in double, as
-   x . (W_U[answer] - W_U[wrong]); the mean over the vocabulary (center_unembed) cancels there.
-   Probabilities need all columns: those go through `linear` 128 rows at a time. */
+   What is asked of a run's final row x [C], that of the last position behind the final
+   LayerNorm: logits = x . W_U + b_U. A logit difference needs two columns of W_U, and is taken
+   in double, as x . (W_U[answer] - W_U[wrong]); the mean over the vocabulary (center_unembed)
+   cancels there. Probabilities need all columns: those go through `linear`, 128 rows at a time.
+
+       logit_diff   x . (u_answer - u_wrong)         logit   x . (u_answer - mean over v of u_v)
+       logprob      logit[answer] - ln sum_v e^logit[v]      prob   its exponential
+       kl           sum_v p_clean[v] (ln p_clean[v] - ln p[v])
+       rank         how many v have logit[v] > logit[answer]
+
+   u_v is column v of W_U with the final LayerNorm folded in (chapter 6, step 1), in double.
+   Where the model is processed otherwise, the same lines hold with what it has. */
+
+/* The final LayerNorm's weight [C] and bias [C] into the scratch's scale. */
+static int final_norm(const Work *w) {
+    const ModelFile *f = &w->m->file;
+    return weights_row(f, tail_tensor(f, 0), 0, w->scale, w->pool->a) &&
+           weights_row(f, tail_tensor(f, 1), 0, w->scale + f->C, w->pool->a);
+}
 
 /* One column of W_U, processed but not centered, into column [C]; *bias is its b_U. */
 static int unembed_column(const Work *w, int token, double *column, double *bias) {
     const ModelFile *f = &w->m->file;
-    float *row = w->panels, *scale = w->scale, *shift = w->scale + f->C;
+    const float *row = w->panels, *scale = w->scale, *shift = w->scale + f->C;
+    const int fold = (w->m->steps & DID_FOLD_LN) != 0;
     double mean = 0;
-    size_t k;
-
     *bias = 0;
-    if (!weights_row(f, unembedding(f), (size_t)token, row, w->pool->a))
+    if (!weights_row(f, unembedding(f), (size_t)token, w->panels, w->pool->a) ||
+        (fold && !final_norm(w)))
         return 0;
-    if (!(w->m->steps & DID_FOLD_LN)) {
-        for (k = 0; k < f->C; k++)
-            column[k] = (double)row[k];
-        return 1;
-    }
-    if (!weights_row(f, tail_tensor(f, 0), 0, scale, w->pool->a) ||
-        !weights_row(f, tail_tensor(f, 1), 0, shift, w->pool->a))
-        return 0;
-    for (k = 0; k < f->C; k++) {
-        *bias += (double)shift[k] * (double)row[k];
-        column[k] = (double)scale[k] * (double)row[k];
+    for (size_t k = 0; k < f->C; k++) {
+        column[k] = (fold ? (double)scale[k] : 1.0) * (double)row[k];
+        *bias += fold ? (double)shift[k] * (double)row[k] : 0;
         mean += column[k];
     }
-    for (k = 0; k < f->C; k++)
+    for (size_t k = 0; fold && k < f->C; k++)
         column[k] -= mean / (double)f->C;
     return 1;
 }
@@ -3361,24 +3227,20 @@ static int sum_vocabulary(const Work *w, double *sum) {
     const ModelFile *f = &w->m->file;
     const Tensor *t = unembedding(f);
     const long blocks = (long)((f->C + 63) / 64);
-    size_t first, n;
-
+    size_t n;
     memset(sum, 0, f->C * sizeof *sum);
-    for (first = 0; first < f->V; first += n) {
-        const unsigned char *p;
-
+    for (size_t first = 0; first < f->V; first += n) {
         n = f->V - first < VOCAB_CHUNK ? f->V - first : VOCAB_CHUNK;
-        if ((p = weights(f, t, first, n, w->pool->a)) == NULL)
+        const unsigned char *p = weights(f, t, first, n, w->pool->a);
+        if (p == NULL)
             return 0;
         PARALLEL(team(w->m, (double)n * (double)f->C), schedule(static))
         for (long block = 0; block < blocks; block++) {
             const size_t k = (size_t)block * 64, some = f->C - k < 64 ? f->C - k : 64;
             float part[64];
-            size_t v, j;
-
-            for (v = 0; v < n; v++) {
+            for (size_t v = 0; v < n; v++) {
                 load_floats(t->type, p, v * f->C + k, some, part);
-                for (j = 0; j < some; j++)
+                for (size_t j = 0; j < some; j++)
                     sum[k + j] += (double)part[j];
             }
         }
@@ -3387,54 +3249,46 @@ static int sum_vocabulary(const Work *w, double *sum) {
     return 1;
 }
 
-/* center_unembed: the mean column of the processed W_U into mean [C], and the mean of b_U. The mean
-   over v of scale[k] W[v][k] - (1/C) sum_k scale[k] W[v][k] follows from W's own sums over v. */
+/* center_unembed: the mean column of the processed W_U into mean [C], and the mean of b_U; zeros
+   where it is off. With fold_ln column v is u_v[k] = scale[k] W[v][k] - (1/C) sum_k scale[k]
+   W[v][k], whose mean over v follows from W's own sums over v, so that the weights are read once
+   and not twice. */
 static int vocabulary_mean(const Work *w, double *mean, double *bias_mean) {
     const ModelFile *f = &w->m->file;
-    const double V = (double)f->V;
-    float *scale = w->scale, *shift = w->scale + f->C;
+    const float *scale = w->scale, *shift = w->scale + f->C;
     double of_columns = 0;
-    size_t k;
-
     *bias_mean = 0;
-    if (!(w->m->steps & DID_CENTER_UNEMBED)) {
-        memset(mean, 0, f->C * sizeof *mean);
+    memset(mean, 0, f->C * sizeof *mean);
+    if (!(w->m->steps & DID_CENTER_UNEMBED))
         return 1;
-    }
     if (!sum_vocabulary(w, mean))
         return 0;
-    for (k = 0; k < f->C; k++)
-        mean[k] /= V;
+    for (size_t k = 0; k < f->C; k++)
+        mean[k] /= (double)f->V;
     if (!(w->m->steps & DID_FOLD_LN))
         return 1;
-    if (!weights_row(f, tail_tensor(f, 0), 0, scale, w->pool->a) ||
-        !weights_row(f, tail_tensor(f, 1), 0, shift, w->pool->a))
+    if (!final_norm(w))
         return 0;
-    for (k = 0; k < f->C; k++) {
+    for (size_t k = 0; k < f->C; k++) {
         *bias_mean += (double)shift[k] * mean[k];
         mean[k] *= (double)scale[k];
         of_columns += mean[k] / (double)f->C;
     }
-    for (k = 0; k < f->C; k++)
+    for (size_t k = 0; k < f->C; k++)
         mean[k] -= of_columns;
     return 1;
 }
 
-/* logits [n,V] of n rows; index as in Rows. */
+/* logits [n,V] of n rows; index as in Rows; mean [C] and bias_mean as vocabulary_mean makes
+   them. */
 static patch_status all_logits(const Work *w, const float *rows, const int *index, size_t n,
                                const double *mean, double bias_mean, float *logits,
                                patch_error *e) {
     const ModelFile *f = &w->m->file;
+    Linear l = {.k = f->C, .matrix = unembedding(f), .rows = f->V, .transposed = 1};
+    Rows r = {.x = rows, .ldx = f->C, .index = index, .n = n, .ldy = f->V};
     patch_status s = PATCH_OK;
-    size_t first;
-    Linear l;
-    Rows r;
 
-    memset(&l, 0, sizeof l);
-    l.k = f->C;
-    l.matrix = unembedding(f);
-    l.rows = f->V;
-    l.transposed = 1;
     if (w->m->steps & DID_FOLD_LN) {
         l.norm_w = tail_tensor(f, 0);
         l.norm_b = tail_tensor(f, 1);
@@ -3443,15 +3297,9 @@ static patch_status all_logits(const Work *w, const float *rows, const int *inde
         l.center_after = mean;
         l.bias_after = bias_mean;
     }
-    r.x = rows;
-    r.ldx = f->C;
-    r.index = index;
-    r.n = n;
-    r.ldy = f->V;
-    for (first = 0; first < f->V && s == PATCH_OK; first += l.n) {
-        l.n = f->V - first < VOCAB_CHUNK ? f->V - first : VOCAB_CHUNK;
-        l.first_row = first;
-        r.y = logits + first;
+    for (; l.first_row < f->V && s == PATCH_OK; l.first_row += l.n) {
+        l.n = f->V - l.first_row < VOCAB_CHUNK ? f->V - l.first_row : VOCAB_CHUNK;
+        r.y = logits + l.first_row;
         s = linear(w, &l, &r, NULL, e);
     }
     return s;
@@ -3461,17 +3309,13 @@ patch_status patch_logits(const patch_model *m, const float *rows, size_t n, flo
                           patch_error *e) {
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
     double *mean = pool_take(&pool, m->file.C, sizeof *mean), bias_mean;
-    patch_status s;
     Work w;
+    patch_status s = mean ? work_begin(&w, m, &pool, NULL, e)
+                          : no_memory(e, "logits", pool.refused);
 
-    if (mean == NULL)
-        return pool_end(&pool, no_memory(e, "logits", pool.refused));
-    if ((s = work_begin(&w, m, &pool, NULL, e)) == PATCH_OK) {
-        if (!vocabulary_mean(&w, mean, &bias_mean))
-            s = unreadable(m, e);
-        else
-            s = all_logits(&w, rows, NULL, n, mean, bias_mean, logits, e);
-    }
+    if (s == PATCH_OK)
+        s = vocabulary_mean(&w, mean, &bias_mean)
+                ? all_logits(&w, rows, NULL, n, mean, bias_mean, logits, e) : unreadable(m, e);
     return pool_end(&pool, s);
 }
 
@@ -3482,125 +3326,133 @@ typedef struct Wanted {
     int same; /* set: an earlier one of the same row and example, hence the same value; -1: none */
 } Wanted;
 
-/* The logit of the answer, or its difference from the wrong answer's, of rows [n,C]. */
-static patch_status linear_metric(const Work *w, patch_metric metric, const patch_example *examples,
-                                  const Wanted *wanted, size_t n, const float *rows, double *values,
-                                  patch_error *e) {
+enum { LOGIT_ROWS = 128 }; /* rows whose logits are held at once: 26 MB of GPT-2's */
+
+/* All that a metric of n rows needs, its scratch included. */
+typedef struct Question {
+    Work work;
+    patch_metric metric;
+    const patch_example *examples;
+    Wanted *wanted;      /* [n] */
+    size_t n, most;      /* most: rows of logits at once */
+    float *rows;         /* [n,C] final rows, and for KL [n,C] of the clean runs behind them */
+    double *one, *other; /* [C] */
+    float *logits;       /* [most,V] */
+    float *powers;       /* [V] */
+} Question;
+
+static patch_status question_begin(Question *q, const Model *m, Pool *pool, patch_stats *stats,
+                                   patch_error *e) {
+    const size_t V = m->file.V, C = m->file.C, n_rows = q->metric == PATCH_KL ? 2 * q->n : q->n;
+    const int columns = q->metric == PATCH_LOGIT_DIFF || q->metric == PATCH_LOGIT;
+
+    q->most = columns ? 0 : q->n + 1 < LOGIT_ROWS ? q->n + 1 : LOGIT_ROWS;
+    q->rows = pool_take(pool, n_rows * C, sizeof *q->rows);
+    q->one = pool_take(pool, C, sizeof *q->one);
+    q->other = pool_take(pool, C, sizeof *q->other);
+    q->logits = pool_raw(pool, q->most * V, sizeof *q->logits);
+    q->powers = pool_raw(pool, columns ? 0 : V, sizeof *q->powers);
+    return q->rows && q->one && q->other && q->logits && q->powers
+               ? work_begin(&q->work, m, pool, stats, e) : no_memory(e, "metric", pool->refused);
+}
+
+/* The logit of the answer, or its difference from the wrong answer's: values [n]. The logit
+   alone is a difference too, from the vocabulary's mean. */
+static patch_status linear_metric(const Question *q, double *values, patch_error *e) {
+    const Work *w = &q->work;
     const size_t C = w->m->file.C;
-    double *direction = pool_take(w->pool, C, sizeof *direction);
-    double *other = pool_take(w->pool, C, sizeof *other), bias = 0, other_bias = 0;
-    size_t i, k;
-
-    if (!direction || !other)
-        return no_memory(e, "metric", w->pool->refused);
-    if (metric == PATCH_LOGIT && !vocabulary_mean(w, other, &other_bias))
+    double bias = 0, other_bias = 0;
+    if (q->metric == PATCH_LOGIT && !vocabulary_mean(w, q->other, &other_bias))
         return unreadable(w->m, e);
-    for (i = 0; i < n; i++) {
-        const patch_example *x = &examples[wanted[i].example];
-
-        values[i] = 0;
-        if (i == 0 || wanted[i].example != wanted[i - 1].example) {
-            if (!unembed_column(w, x->answer, direction, &bias) ||
-                (metric == PATCH_LOGIT_DIFF && !unembed_column(w, x->wrong, other, &other_bias)))
+    for (size_t i = 0; i < q->n; i++) {
+        const patch_example *x = &q->examples[q->wanted[i].example];
+        if (i == 0 || q->wanted[i].example != q->wanted[i - 1].example) {
+            if (!unembed_column(w, x->answer, q->one, &bias) ||
+                (q->metric == PATCH_LOGIT_DIFF &&
+                 !unembed_column(w, x->wrong, q->other, &other_bias)))
                 return unreadable(w->m, e);
-            for (k = 0; k < C; k++)
-                direction[k] -= other[k];
+            for (size_t k = 0; k < C; k++)
+                q->one[k] -= q->other[k];
         }
-        for (k = 0; k < C; k++)
-            values[i] += (double)rows[i * C + k] * direction[k];
+        values[i] = 0;
+        for (size_t k = 0; k < C; k++)
+            values[i] += (double)q->rows[i * C + k] * q->one[k];
         values[i] += bias - other_bias;
     }
     return PATCH_OK;
 }
 
-/* A row of logits [V] as a distribution: logits[v] - log_sum is the log-probability. */
-static double log_sum(const Kernels *k, const float *logits, float *scratch, size_t V) {
+/* Of a row of logits [V]: ln sum e^logit, so that logits[v] - log_sum is the log-probability. */
+static double log_sum(const Question *q, const float *logits) {
+    const size_t V = q->work.m->file.V;
     float most = logits[0];
     double sum = 0;
-    size_t v;
-
-    for (v = 1; v < V; v++)
+    for (size_t v = 1; v < V; v++)
         most = logits[v] > most ? logits[v] : most;
-    memcpy(scratch, logits, V * sizeof *scratch);
-    k->exponentials(scratch, V, most);
-    for (v = 0; v < V; v++)
-        sum += (double)scratch[v];
+    memcpy(q->powers, logits, V * sizeof *logits);
+    q->work.m->kernels->exponentials(q->powers, V, most);
+    for (size_t v = 0; v < V; v++)
+        sum += (double)q->powers[v];
     return (double)most + log(sum);
 }
 
 /* A metric of one row of logits; clean and clean_sum (KL): the clean run's logits and log_sum. */
-static double row_metric(const Work *w, patch_metric metric, const float *logits, int answer,
-                         const float *clean, double clean_sum, float *scratch) {
-    const size_t V = w->m->file.V;
-    const double total = metric == PATCH_RANK ? 0 : log_sum(w->m->kernels, logits, scratch, V);
+static double row_metric(const Question *q, const float *logits, int answer, const float *clean,
+                         double clean_sum) {
+    const size_t V = q->work.m->file.V;
+    const double total = q->metric == PATCH_RANK ? 0 : log_sum(q, logits);
     double sum = 0;
-    size_t v;
 
-    switch (metric) {
-    case PATCH_PROB: return exp((double)logits[answer] - total);
-    case PATCH_LOGPROB: return (double)logits[answer] - total;
-    case PATCH_RANK:
-        for (v = 0; v < V; v++)
-            sum += logits[v] > logits[answer];
-        return sum;
-    default: /* KL: sum p_clean (ln p_clean - ln p) */
-        for (v = 0; v < V; v++) {
-            const double log_clean = (double)clean[v] - clean_sum;
-
-            sum += exp(log_clean) * (log_clean - ((double)logits[v] - total));
-        }
-        return sum;
+    if (q->metric == PATCH_PROB)
+        return exp((double)logits[answer] - total);
+    if (q->metric == PATCH_LOGPROB)
+        return (double)logits[answer] - total;
+    for (size_t v = 0; v < V; v++) {
+        const double log_clean = q->metric == PATCH_KL ? (double)clean[v] - clean_sum : 0;
+        sum += q->metric == PATCH_RANK
+                   ? (double)(logits[v] > logits[answer])
+                   : exp(log_clean) * (log_clean - ((double)logits[v] - total));
     }
+    return sum;
 }
 
-enum { LOGIT_ROWS = 128 }; /* rows whose logits are held at once */
-
-/* Metrics of the whole distribution. Rows go through the unembedding in chunks; with KL each
-   example's part of a chunk is led by its clean row, which stands at rows[n + i]. */
-static patch_status distribution_metric(const Work *w, patch_metric metric,
-                                        const patch_example *examples, const Wanted *wanted,
-                                        size_t n, const float *rows, double *values,
-                                        patch_error *e) {
-    const size_t V = w->m->file.V, most = n + 1 < LOGIT_ROWS ? n + 1 : LOGIT_ROWS;
-    float *logits = pool_take(w->pool, most * V, sizeof *logits);
-    float *scratch = pool_take(w->pool, V, sizeof *scratch);
-    double *mean = pool_take(w->pool, w->m->file.C, sizeof *mean), bias_mean, clean_sum = 0;
-    int index[LOGIT_ROWS],
-        item[LOGIT_ROWS]; /* rows, and which number each gives, -1: a clean row */
+/* Metrics of the whole distribution: values [n]. Rows go through the unembedding in chunks; with KL
+   each example's part of a chunk is led by its clean row, which stands at rows[n + i]. */
+static patch_status distribution_metric(const Question *q, double *values, patch_error *e) {
+    const size_t V = q->work.m->file.V;
+    const Wanted *wanted = q->wanted;
+    int index[LOGIT_ROWS], item[LOGIT_ROWS]; /* rows, and whose value each gives; -1: a clean row */
+    double bias_mean, clean_sum = 0;
     patch_status s = PATCH_OK;
-    size_t i = 0, k, m;
 
-    if (!logits || !scratch || !mean)
-        return no_memory(e, "metric", w->pool->refused);
-    if (!vocabulary_mean(w, mean, &bias_mean))
-        return unreadable(w->m, e);
-    while (s == PATCH_OK && i < n) {
-        const float *clean = logits;
-
-        for (m = 0; i < n && m + 2 <= most; i++) {
+    if (!vocabulary_mean(&q->work, q->one, &bias_mean))
+        return unreadable(q->work.m, e);
+    for (size_t i = 0; s == PATCH_OK && i < q->n;) {
+        const float *clean = q->logits;
+        size_t m = 0;
+        for (; i < q->n && m + 2 <= q->most; i++) {
             if (wanted[i].same >= 0)
                 continue;
-            if (metric == PATCH_KL &&
+            if (q->metric == PATCH_KL &&
                 (m == 0 || wanted[i].example != wanted[item[m - 1]].example)) {
                 item[m] = -1;
-                index[m++] = (int)(n + i);
+                index[m++] = (int)(q->n + i);
             }
             item[m] = (int)i;
             index[m++] = (int)i;
         }
-        s = m ? all_logits(w, rows, index, m, mean, bias_mean, logits, e) : PATCH_OK;
-        for (k = 0; k < m && s == PATCH_OK; k++) {
-            const float *row = logits + k * V;
-
-            if (item[k] >= 0)
-                values[item[k]] =
-                    row_metric(w, metric, row, examples[wanted[item[k]].example].answer, clean,
-                               clean_sum, scratch);
+        if (m > 0)
+            s = all_logits(&q->work, q->rows, index, m, q->one, bias_mean, q->logits, e);
+        for (size_t k = 0; k < m && s == PATCH_OK; k++) {
+            const float *row = q->logits + k * V;
+            if (item[k] < 0)
+                clean_sum = log_sum(q, clean = row);
             else
-                clean_sum = log_sum(w->m->kernels, clean = row, scratch, V);
+                values[item[k]] = row_metric(q, row, q->examples[wanted[item[k]].example].answer,
+                                             clean, clean_sum);
         }
     }
-    for (i = 0; i < n && s == PATCH_OK; i++)
+    for (size_t i = 0; i < q->n && s == PATCH_OK; i++)
         if (wanted[i].same >= 0)
             values[i] = values[wanted[i].same];
     return s;
@@ -3609,56 +3461,45 @@ static patch_status distribution_metric(const Work *w, patch_metric metric,
 /* Find the wanted numbers that are equal by construction: those of one example and one row. A table
    of all rows remembers who had each last. */
 static int find_same(Pool *pool, Wanted *wanted, const patch_read *reads, size_t n) {
-    size_t i, most = 0;
-    int *last; /* [rows] number of the wanted one + 1 */
-
-    for (i = 0; i < n; i++)
+    size_t most = 0;
+    for (size_t i = 0; i < n; i++)
         most = (size_t)reads[i].id > most ? (size_t)reads[i].id : most;
-    if ((last = pool_take(pool, most + 1, sizeof *last)) == NULL)
-        return 0;
-    for (i = 0; i < n; i++) {
+    int *last = pool_take(pool, most + 1, sizeof *last); /* number of the wanted one + 1 */
+    for (size_t i = 0; last != NULL && i < n; i++) {
         int *who = &last[reads[i].id];
-
         wanted[i].id = reads[i].id;
         wanted[i].same = *who > 0 && wanted[*who - 1].example == wanted[i].example ? *who - 1 : -1;
         if (wanted[i].same < 0)
             *who = (int)i + 1;
     }
-    return 1;
+    return last != NULL;
 }
 
 /* Carry the runs through the model and take the metric of each wanted one, values [n]: what every
-   analysis comes down to. */
+   analysis comes down to. All memory that can be foreseen is taken before the pass. */
 static patch_status score_runs(const Model *m, Pool *pool, const patch_run *runs, size_t n_runs,
                                Wanted *wanted, size_t n, const patch_example *examples,
-                               patch_metric metric, int share, double *values, patch_stats *stats,
+                               patch_metric metric, Mode mode, double *values, patch_stats *stats,
                                patch_error *e) {
-    const size_t n_reads = metric == PATCH_KL ? 2 * n : n, C = m->file.C;
-    float *rows = pool_take(pool, n_reads * C, sizeof *rows);
+    const size_t n_reads = metric == PATCH_KL ? 2 * n : n;
+    Question q = {.metric = metric, .examples = examples, .wanted = wanted, .n = n};
     patch_read *reads = pool_take(pool, n_reads, sizeof *reads);
-    patch_status s;
-    double started;
-    size_t i;
-    Work w;
+    patch_status s = reads ? question_begin(&q, m, pool, stats, e)
+                           : no_memory(e, "results", pool->refused);
 
-    if (!rows || !reads)
-        return no_memory(e, "results", pool->refused);
-    for (i = 0; i < n_reads; i++) {
-        reads[i].hook = PATCH_LN_FINAL_NORMALIZED;
-        reads[i].run = i < n ? wanted[i].run : wanted[i - n].clean;
-        reads[i].pos = runs[reads[i].run].n_tokens - 1;
-        reads[i].out = rows + i * C;
+    for (size_t i = 0; s == PATCH_OK && i < n_reads; i++) {
+        const int run = i < n ? wanted[i].run : wanted[i - n].clean;
+        reads[i] = (patch_read){PATCH_LN_FINAL_NORMALIZED, 0, run, runs[run].n_tokens - 1,
+                                q.rows + i * m->file.C, 0};
     }
-    if ((s = execute(m, pool, runs, n_runs, reads, n_reads, share, stats, e)) != PATCH_OK)
-        return s;
-    started = now();
-    if (!find_same(pool, wanted, reads, n))
-        return no_memory(e, "results", pool->refused);
-    if ((s = work_begin(&w, m, pool, stats, e)) != PATCH_OK)
-        return s;
-    s = metric == PATCH_LOGIT || metric == PATCH_LOGIT_DIFF
-            ? linear_metric(&w, metric, examples, wanted, n, rows, values, e)
-            : distribution_metric(&w, metric, examples, wanted, n, rows, values, e);
+    if (s == PATCH_OK)
+        s = execute(m, pool, runs, n_runs, reads, n_reads, mode, stats, e);
+    const double started = now();
+    if (s == PATCH_OK && !find_same(pool, wanted, reads, n))
+        s = no_memory(e, "results", pool->refused);
+    if (s == PATCH_OK && mode != SIZED)
+        s = metric == PATCH_LOGIT || metric == PATCH_LOGIT_DIFF
+                ? linear_metric(&q, values, e) : distribution_metric(&q, values, e);
     if (stats != NULL)
         stats->seconds_metric += now() - started;
     return s;
@@ -3668,17 +3509,23 @@ static patch_status score_runs(const Model *m, Pool *pool, const patch_run *runs
    A sweep is a list of cells. For each example and cell there is one run more: the corrupted prompt
    with the clean run's activation put in (denoising), or the other way round (noising). All of them
    are given to the engine at once, or in groups where memory is bounded; what they share, and what
-   costs nothing, it finds out by itself. */
+   costs nothing, it finds out by itself.
+
+       denoising    clean run ------------ activation of the cell ---.      "does it suffice to
+                    corrupted run ----------------------------------(=)---  bring the answer back?"
+       noising      the same with the two runs' parts exchanged:            "is it needed for it?"
+
+   There are two ways through this chapter. The plain one does what the TransformerLens notebook
+   does, a whole pass a cell with cached values set, and is the reference: the tests hold the fast
+   one's numbers equal to it bit for bit. */
 
 enum { STANDARD_LIMIT = 192 << 20 }; /* bytes of plan and rows where max_memory does not say */
 
 static patch_status check_examples(const Model *m, const patch_example *x, size_t n,
                                    patch_metric metric, int both, patch_error *e) {
-    size_t run;
-
     if ((int)metric < 0 || metric > PATCH_RANK)
         return fail(e, PATCH_E_USAGE, "metric", "unknown metric %d; see patch_metric", (int)metric);
-    for (run = 0; run < n; run++) {
+    for (size_t run = 0; run < n; run++) {
         WITHIN("number of prompts",
                (x[run].clean != NULL) + (!both || x[run].corrupted != NULL), 2, 2);
         WITHIN("answer", x[run].answer, 0, m->dims.d_vocab - 1);
@@ -3697,24 +3544,15 @@ static int set_edits(const Model *m, const patch_cell *c, const float *values, s
                      patch_edit *out) {
     const int square = hook_facts[c->hook].shape == 'P', all_heads = square && c->head < 0;
     const size_t width = square ? T : hook_width(m, (int)c->hook, T);
-    const size_t part = hook_facts[c->hook].shape == 'R' ? m->file.C : m->file.D;
+    const size_t part = square ? T * T : hook_facts[c->hook].shape == 'R' ? m->file.C : m->file.D;
+    const size_t at = (c->pos < 0 ? 0 : (size_t)c->pos) * width + (c->src < 0 ? 0 : (size_t)c->src);
     const int n = all_heads ? m->dims.n_heads : 1;
-    int i;
 
-    for (i = 0; i < n; i++) {
-        const size_t head = all_heads ? (size_t)i : c->head < 0 ? 0 : (size_t)c->head;
-
-        memset(&out[i], 0, sizeof out[i]);
-        out[i].hook = c->hook;
-        out[i].op = PATCH_SET;
-        out[i].layer = c->layer;
-        out[i].pos = c->pos;
-        out[i].head = all_heads ? i : c->head;
-        out[i].src = c->src;
-        out[i].stride = width;
-        out[i].values = values + head * (square ? T * T : part) +
-                        (c->pos < 0 ? 0 : (size_t)c->pos) * width +
-                        (c->src < 0 ? 0 : (size_t)c->src);
+    for (int i = 0; i < n; i++) {
+        const int head = all_heads ? i : c->head;
+        out[i] = (patch_edit){.hook = c->hook, .op = PATCH_SET, .layer = c->layer, .pos = c->pos,
+                              .head = head, .src = c->src, .stride = width,
+                              .values = values + (head < 0 ? 0 : (size_t)head) * part + at};
     }
     return n;
 }
@@ -3731,39 +3569,32 @@ static patch_status brute_items(const Model *m, const patch_example *examples,
     Pool cache = pool_begin(&m->allocator, SIZE_MAX / 2);
     patch_edit edits[MAX_HEADS];
     patch_status s = PATCH_OK;
-    float *seen = NULL;
-    size_t item;
+    float *seen = NULL; /* the cached activation */
 
-    for (item = first; item < end && s == PATCH_OK; item++) {
+    for (size_t item = first; item < end && s == PATCH_OK; item++) {
         const patch_example *x = &examples[item / n_cells];
         const patch_cell *c = &cells[item % n_cells];
         const size_t T = (size_t)x->n_tokens;
         Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-        patch_run runs[2];
         Wanted wanted = {1, 0, 0, 0, 0};
+        patch_run runs[2] = {{o->noising ? x->corrupted : x->clean, x->n_tokens, NULL, 0},
+                             {o->noising ? x->clean : x->corrupted, x->n_tokens, edits, 0}};
 
-        if ((s = check_slice(m, item, (int)c->hook, c->layer, c->pos, c->head, c->src,
-                             x->n_tokens, e)) != PATCH_OK)
-            break;
-        memset(runs, 0, sizeof runs);
-        runs[0].tokens = o->noising ? x->corrupted : x->clean;
-        runs[0].n_tokens = runs[1].n_tokens = x->n_tokens;
-        if (item % n_cells == 0 || cached == NULL || cached->hook != c->hook ||
-            cached->layer != c->layer) {
+        s = check_slice(m, item, (int)c->hook, c->layer, c->pos, c->head, c->src, x->n_tokens, e);
+        if (s == PATCH_OK && (item % n_cells == 0 || cached == NULL || cached->hook != c->hook ||
+                              cached->layer != c->layer)) {
             patch_read read = {c->hook, c->layer, 0, -1, NULL, 0};
-
             pool_give(&cache, seen);
             seen = read.out = pool_take(&cache, T * hook_width(m, (int)c->hook, T), sizeof *seen);
             s = seen == NULL ? no_memory(e, "brute", cache.refused)
-                             : execute(m, &pool, runs, 1, &read, 1, 0, stats, e);
+                             : execute(m, &pool, runs, 1, &read, 1, UNSHARED, stats, e);
             cached = c;
         }
         if (s == PATCH_OK) { /* run 0 is clean, for KL; run 1 is patched */
             runs[0].tokens = x->clean;
-            runs[1].tokens = o->noising ? x->clean : x->corrupted;
-            runs[1].edits = edits;
             runs[1].n_edits = set_edits(m, c, seen, T, edits);
-            s = score_runs(m, &pool, runs, 2, &wanted, 1, x, o->metric, 0, values + item, stats, e);
+            s = score_runs(m, &pool, runs, 2, &wanted, 1, x, o->metric, UNSHARED, values + item,
+                           stats, e);
         }
         s = pool_end(&pool, s);
     }
@@ -3773,7 +3604,15 @@ static patch_status brute_items(const Model *m, const patch_example *examples,
 /* ---- the fast way ---- */
 
 /* A family of runs, which is what every analysis is made of: `bases` runs an example (its clean run
-   first), and on them items, each one or more runs with edits, the last of which is measured. */
+   first), and on them items, each one or more runs with edits, the last of which is measured. A
+   group of four items, two of each of two examples, with two bases and one run an item, is
+
+       run    0        1            2        3            4        5        6        7
+              clean 0  corrupted 0  clean 1  corrupted 1  item 0   item 1   item 0   item 1
+                                                          `--- example 0    `--- example 1
+
+   The last item of one group and the first of the next may belong to one example, whose bases are
+   then computed in both. */
 typedef struct Family {
     const patch_example *x;
     size_t n, per_example; /* examples, items of each */
@@ -3784,71 +3623,68 @@ typedef struct Family {
        */
     void (*fill_bases)(const struct Family *f, size_t example, int base, patch_run *runs,
                        patch_edit *edits);
-    /* Fill an item's runs; runs[0] is number `at`, the example's first base is number `base`. */
+    /* Fill an item's runs, which are copies of the base `unpatched`; runs[0] is number `at`, the
+       example's first base is number `base`. NULL: they stay so. */
     void (*fill_item)(const struct Family *f, size_t example, size_t item, int base, int at,
                       patch_run *runs, patch_edit *edits);
     const void *ctx;
 } Family;
 
 /* Items first .. first + n - 1 in one pass: values [n], and of the bases of all examples touched
-   unpatched [examples, bases] (NULL: not wanted). */
+   unpatched [examples,bases] (NULL: not wanted). The runs are all bases, then all items' runs, so
+   that what an item copies from is an earlier run. */
 static patch_status run_group(const Model *m, Pool *pool, const Family *f, size_t first, size_t n,
-                              double *values, double *unpatched, patch_stats *stats,
+                              Mode mode, double *values, double *unpatched, patch_stats *stats,
                               patch_error *e) {
     const size_t from = first / f->per_example, bases = f->bases;
     const size_t examples = (first + n - 1) / f->per_example - from + 1;
     const size_t n_bases = examples * bases, n_runs = n_bases + n * f->item_runs;
+    const size_t n_edits = examples * f->base_edits + n * f->item_edits;
     patch_run *runs = pool_take(pool, n_runs, sizeof *runs);
-    patch_edit *edits =
-        pool_take(pool, examples * f->base_edits + n * f->item_edits, sizeof *edits);
+    patch_edit *edits = pool_take(pool, n_edits, sizeof *edits), *next = edits;
     Wanted *wanted = pool_take(pool, n_bases + n, sizeof *wanted);
-    double *found = pool_take(pool, n_bases + n, sizeof *found);
-    patch_edit *next = edits;
-    patch_status s;
-    size_t i, k;
+    double *found = pool_take(pool, n_bases + n, sizeof *found); /* the bases' values, the items' */
 
     if (!runs || !edits || !wanted || !found)
         return no_memory(e, "group", pool->refused);
-    for (i = 0; i < n_bases; i++) {
-        runs[i].tokens = f->x[from + i / bases].clean;
-        runs[i].n_tokens = f->x[from + i / bases].n_tokens;
-        wanted[i].run = (int)i;
-        wanted[i].example = (int)(i / bases);
-        wanted[i].clean = (int)(i - i % bases);
+    for (size_t i = 0; i < n_bases; i++) {
+        const patch_example *x = &f->x[from + i / bases];
+        runs[i] = (patch_run){x->clean, x->n_tokens, NULL, 0};
+        wanted[i] = (Wanted){(int)i, (int)(i / bases), (int)(i - i % bases), 0, 0};
     }
-    for (i = 0; i < examples; i++, next += f->base_edits)
+    for (size_t i = 0; i < examples; i++, next += f->base_edits)
         f->fill_bases(f, from + i, (int)(i * bases), runs + i * bases, next);
-    for (i = 0; i < n; i++, next += f->item_edits) {
+    for (size_t i = 0; i < n; i++, next += f->item_edits) {
         const size_t example = (first + i) / f->per_example, base = (example - from) * bases;
         const size_t at = n_bases + i * f->item_runs;
-        Wanted *w = &wanted[n_bases + i];
-
-        for (k = 0; k < f->item_runs; k++)
+        for (size_t k = 0; k < f->item_runs; k++)
             runs[at + k] = runs[base + (size_t)f->unpatched];
-        f->fill_item(f, example, (first + i) % f->per_example, (int)base, (int)at, runs + at, next);
-        w->run = (int)(at + f->item_runs - 1);
-        w->example = (int)(example - from);
-        w->clean = (int)base;
+        if (f->fill_item != NULL)
+            f->fill_item(f, example, (first + i) % f->per_example, (int)base, (int)at, runs + at,
+                         next);
+        wanted[n_bases + i] =
+            (Wanted){(int)(at + f->item_runs - 1), (int)(example - from), (int)base, 0, 0};
     }
-    s = score_runs(m, pool, runs, n_runs, wanted, n_bases + n, f->x + from, f->metric, 1, found,
-                   stats, e);
-    if (s != PATCH_OK)
+    const patch_status s = score_runs(m, pool, runs, n_runs, wanted, n_bases + n, f->x + from,
+                                      f->metric, mode, found, stats, e);
+    if (s != PATCH_OK || mode == SIZED)
         return s;
-    memcpy(values, found + n_bases, n * sizeof *values);
+    if (values != NULL)
+        memcpy(values, found + n_bases, n * sizeof *values);
     if (unpatched != NULL)
-        memcpy(unpatched + bases * from, found, n_bases * sizeof *values);
-    for (i = n_bases; stats != NULL && i < n_bases + n; i++)
-        stats->cells_skipped +=
-            wanted[i].id == wanted[(size_t)wanted[i].clean + (size_t)f->unpatched].id;
+        memcpy(unpatched + bases * from, found, n_bases * sizeof *unpatched);
+    for (size_t i = n_bases; stats && f->fill_item && i < n_bases + n; i++) {
+        stats->cells++;
+        stats->cells_skipped += wanted[i].id == wanted[wanted[i].clean + f->unpatched].id;
+    }
     return PATCH_OK;
 }
 
-/* How many items to try first: 16 times as many as would fit if they shared nothing. Too many costs
-   no more than a plan that is given up. */
+/* How many items to try first: 16 times as many as would fit if they shared nothing (in an IOI
+   sweep they share nearly all). Too many costs no more than a plan that is given up. */
 static size_t first_guess(const Model *m, const Family *f, size_t limit) {
-    size_t T = 1, i;
-
-    for (i = 0; i < f->n; i++)
+    size_t T = 1;
+    for (size_t i = 0; i < f->n; i++)
         T = (size_t)f->x[i].n_tokens > T ? (size_t)f->x[i].n_tokens : T;
     T *= m->file.L * STAGES * sizeof(Node) + (6 * m->file.C + m->file.M) * sizeof(float);
     return 16 * (limit / T) + 1;
@@ -3857,29 +3693,40 @@ static size_t first_guess(const Model *m, const Family *f, size_t limit) {
 typedef patch_status (*Done)(void *ctx, size_t first, size_t count, const double *values,
                              patch_error *e);
 
-/* Items first .. end - 1 in as few passes as the memory allows; values [n, per_example]. */
+/* Items first .. end - 1 in as few passes as the memory allows; values [n,per_example]. A group
+   that does not fit is given up and halved. The stats count what was of use; of what was given
+   up, which as a rule is a plan and no pass, the time alone, as it did pass. */
 static patch_status run_family(const Model *m, const Family *f, size_t first, size_t end,
                                double *values, double *unpatched, Done done, void *ctx,
                                patch_stats *stats, patch_error *e) {
     const size_t limit = memory_limit(m, STANDARD_LIMIT);
-    size_t some, group = first_guess(m, f, limit);
+    size_t group = first_guess(m, f, limit);
     patch_status s = PATCH_OK;
 
-    if (stats != NULL)
-        stats->cells += (double)(end - first);
     while (first < end && s == PATCH_OK) {
+        const size_t some = end - first < group ? end - first : group;
+        const double started = now();
+        double *into = values ? values + first : NULL;
+        patch_stats tried = stats ? *stats : (patch_stats){0};
         Pool pool = pool_begin(&m->allocator, limit);
-
-        some = end - first < group ? end - first : group;
-        s = pool_end(&pool,
-                     run_group(m, &pool, f, first, some, values + first, unpatched, stats, e));
-        if (s == PATCH_E_MEMORY && some > 1) { /* too many at once: try half of them */
+        s = run_group(m, &pool, f, first, some, SHARED, into, unpatched, &tried, e);
+        pool_end(&pool, s);
+        if (s == PATCH_E_MEMORY && some > 1) {
             group = (some + 1) / 2;
             s = PATCH_OK;
+            if (stats != NULL)
+                stats->seconds_plan += now() - started;
             continue;
         }
+        if (s == PATCH_E_MEMORY && m->options.max_memory > 0) {
+            pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+            s = run_group(m, &pool, f, first, 1, SIZED, NULL, NULL, NULL, NULL);
+            s = too_little(m, &pool, s, e);
+        }
+        if (s == PATCH_OK && stats != NULL)
+            *stats = tried;
         if (s == PATCH_OK && done != NULL)
-            s = done(ctx, first, some, values + first, e);
+            s = done(ctx, first, some, into, e);
         first += some;
     }
     return s;
@@ -3903,13 +3750,9 @@ static void fill_cell(const Family *f, size_t example, size_t item, int base, in
     const patch_cell *cell = &c->cells[item];
 
     (void)example, (void)at;
-    edit->hook = cell->hook;
-    edit->op = PATCH_COPY;
-    edit->layer = cell->layer;
-    edit->pos = cell->pos;
-    edit->head = cell->head;
-    edit->src = cell->src;
-    edit->source = base + (c->noising ? 1 : 0);
+    *edit = (patch_edit){.hook = cell->hook, .op = PATCH_COPY, .layer = cell->layer,
+                         .pos = cell->pos, .head = cell->head, .src = cell->src,
+                         .source = base + (c->noising ? 1 : 0)};
     runs->edits = edit;
     runs->n_edits = 1;
 }
@@ -3917,68 +3760,40 @@ static void fill_cell(const Family *f, size_t example, size_t item, int base, in
 patch_status patch_cells(const patch_model *m, const patch_example *x, size_t n,
                          const patch_cell *cells, size_t n_cells, const patch_cells_options *o,
                          double *values, patch_stats *stats, patch_error *e) {
-    Cells c;
-    Family f = {0};
-    size_t end, run = 0;
+    const Cells c = {cells, o->noising};
+    const Family f = {.x = x, .n = n, .per_example = n_cells, .bases = 2, .item_runs = 1,
+                      .item_edits = 1, .unpatched = o->noising ? 0 : 1, .metric = o->metric,
+                      .fill_bases = fill_both, .fill_item = fill_cell, .ctx = &c};
+    const size_t run = 0;
     patch_status s = check_examples(m, x, n, o->metric, 1, e);
 
     if (s != PATCH_OK || n == 0 || n_cells == 0)
         return s;
     WITHIN("number of examples", n, 1, LONG_MAX / 64 / (long)n_cells);
     WITHIN("first item", o->first, 0, n * n_cells - 1);
-    end = o->count == 0 || o->count > n * n_cells - o->first ? n * n_cells : o->first + o->count;
-    if (o->brute) {
-        s = brute_items(m, x, cells, n_cells, o, o->first, end, values, stats, e);
-        if (s == PATCH_OK && o->unpatched != NULL)
-            s = patch_measure(m, x, n, o->metric, o->unpatched, stats, e);
-        return s == PATCH_OK && o->done != NULL
-                   ? o->done(o->ctx, o->first, end - o->first, values + o->first, e) : s;
-    }
-    c.cells = cells;
-    c.noising = o->noising;
-    f.x = x;
-    f.n = n;
-    f.per_example = n_cells;
-    f.bases = 2;
-    f.item_runs = f.item_edits = 1;
-    f.unpatched = o->noising ? 0 : 1;
-    f.metric = o->metric;
-    f.fill_bases = fill_both;
-    f.fill_item = fill_cell;
-    f.ctx = &c;
-    return run_family(m, &f, o->first, end, values, o->unpatched, o->done, o->ctx, stats, e);
-}
-
-static void fill_nothing(const Family *f, size_t example, size_t item, int base, int at,
-                         patch_run *runs, patch_edit *edits) {
-    (void)f, (void)example, (void)item, (void)base, (void)at, (void)runs, (void)edits;
+    const size_t all = n * n_cells;
+    const size_t end = o->count == 0 || o->count > all - o->first ? all : o->first + o->count;
+    if (!o->brute)
+        return run_family(m, &f, o->first, end, values, o->unpatched, o->done, o->ctx, stats, e);
+    s = brute_items(m, x, cells, n_cells, o, o->first, end, values, stats, e);
+    if (s == PATCH_OK && o->unpatched != NULL)
+        s = patch_measure(m, x, n, o->metric, o->unpatched, NULL, e);
+    return s == PATCH_OK && o->done != NULL
+               ? o->done(o->ctx, o->first, end - o->first, values + o->first, e) : s;
 }
 
 /* A family without edits: one item an example, the clean run itself. */
 patch_status patch_measure(const patch_model *m, const patch_example *x, size_t n,
                            patch_metric metric, double *out, patch_stats *stats, patch_error *e) {
-    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    double *values = pool_take(&pool, n, sizeof *values);
-    Family f = {0};
-    size_t i;
+    const Family f = {.x = x, .n = n, .per_example = 1, .bases = 2, .item_runs = 1,
+                      .metric = metric, .fill_bases = fill_both};
     patch_status s = check_examples(m, x, n, metric, 0, e);
-
-    f.x = x;
-    f.n = n;
-    f.per_example = 1;
-    f.bases = 2;
-    f.item_runs = 1;
-    f.metric = metric;
-    f.fill_bases = fill_both;
-    f.fill_item = fill_nothing;
     if (s == PATCH_OK)
-        s = values == NULL ? no_memory(e, "metric", pool.refused)
-                           : run_family(m, &f, 0, n, values, out, NULL, NULL, NULL, e);
-    (void)stats;
-    for (i = 0; s == PATCH_OK && i < n; i++)
+        s = run_family(m, &f, 0, n, NULL, out, NULL, NULL, stats, e);
+    for (size_t i = 0; s == PATCH_OK && i < n; i++)
         if (x[i].corrupted == NULL)
             out[2 * i + 1] = (double)NAN;
-    return pool_end(&pool, s);
+    return s;
 }
 
 /* ---- the sweeps of transformer_lens.patching, a line each ---- */
@@ -4010,55 +3825,44 @@ static const struct SweepRule {
     {"attn_head_by_pos_every", "lph", 5, {PATCH_Z, PATCH_Q, PATCH_K, PATCH_V, PATCH_PATTERN}},
     {"block_every", "lp", 3, {PATCH_RESID_PRE, PATCH_ATTN_OUT, PATCH_MLP_OUT}},
 };
+enum { SWEEPS = sizeof sweep_rules / sizeof sweep_rules[0] };
 
 const char *patch_sweep_name(size_t i) {
-    return i < sizeof sweep_rules / sizeof sweep_rules[0] ? sweep_rules[i].name : NULL;
+    return i < SWEEPS ? sweep_rules[i].name : NULL;
 }
 
 patch_status patch_sweep_cells(const patch_model *m, const char *sweep, int n_tokens,
                                patch_shape *shape, patch_cell *cells, patch_error *e) {
-    const struct SweepRule *rule = NULL;
-    const char *axis;
-    size_t i, k;
+    static const char letters[] = "lphds";
+    static const char *const names[] = {"layer", "pos", "head", "dest", "src"};
+    const struct SweepRule *rule = sweep_rules;
 
-    for (i = 0; i < sizeof sweep_rules / sizeof sweep_rules[0]; i++)
-        if (strcmp(sweep, sweep_rules[i].name) == 0)
-            rule = &sweep_rules[i];
-    if (rule == NULL)
+    while (rule < sweep_rules + SWEEPS && strcmp(sweep, rule->name) != 0)
+        rule++;
+    if (rule == sweep_rules + SWEEPS)
         return fail(e, PATCH_E_USAGE, sweep, "no sweep has this name; see `actpatch patch -h`");
-    memset(shape, 0, sizeof *shape);
-    shape->n_cells = (size_t)rule->n_hooks;
+    *shape = (patch_shape){.n_cells = (size_t)rule->n_hooks};
     if (rule->n_hooks > 1) {
         shape->axes[0] = "kind";
         shape->size[shape->rank++] = (size_t)rule->n_hooks;
     }
-    for (axis = rule->axes; *axis != 0; axis++) {
+    for (const char *axis = rule->axes; *axis != 0; axis++) {
         const size_t size = *axis == 'l' ? m->file.L : *axis == 'h' ? m->file.H : (size_t)n_tokens;
-
-        shape->axes[shape->rank] = *axis == 'l'   ? "layer"
-                                   : *axis == 'h' ? "head"
-                                   : *axis == 'p' ? "pos"
-                                   : *axis == 'd' ? "dest"
-                                                  : "src";
+        shape->axes[shape->rank] = names[strchr(letters, *axis) - letters];
         shape->size[shape->rank++] = size;
         shape->n_cells *= size;
     }
-    for (i = 0; cells != NULL && i < shape->n_cells; i++) {
+    for (size_t i = 0; cells != NULL && i < shape->n_cells; i++) { /* row-major: last axis first */
+        patch_cell *c = &cells[i];
         size_t rest = i;
-
-        cells[i].layer = 0;
-        cells[i].pos = cells[i].head = cells[i].src = -1;
-        for (k = strlen(rule->axes); k-- > 0;) {
+        *c = (patch_cell){.pos = -1, .head = -1, .src = -1};
+        for (size_t k = strlen(rule->axes); k-- > 0;) {
             const size_t size = shape->size[k + (rule->n_hooks > 1)];
-            const int index = (int)(rest % size);
-
-            *(rule->axes[k] == 'l'   ? &cells[i].layer
-              : rule->axes[k] == 'h' ? &cells[i].head
-              : rule->axes[k] == 's' ? &cells[i].src
-                                     : &cells[i].pos) = index;
+            int *const field[] = {&c->layer, &c->pos, &c->head, &c->pos, &c->src}; /* of letters */
+            *field[strchr(letters, rule->axes[k]) - letters] = (int)(rest % size);
             rest /= size;
         }
-        cells[i].hook = rule->hooks[rest];
+        c->hook = rule->hooks[rest];
     }
     return PATCH_OK;
 }

@@ -197,7 +197,11 @@ typedef enum patch_op {
 /* One change to one run: at a hook point of a layer, at one position or all, the whole vector or a
    head's slice of it or (scores and pattern) a single entry. Edits at one hook point apply in list
    order. An edit of scores, pattern or a LayerNorm scale changes that alone: the run's own values and
-   residual stream meet it afterwards, as with a TransformerLens hook. */
+   residual stream meet it afterwards, as with a TransformerLens hook. Attention is causal: of scores
+   and pattern only the sources src <= pos exist, and what an edit does behind them has no effect.
+   Where PATCH_RESULT is edited, be it to equal numbers, attn_out at that position is the sum over
+   heads of what then stands there, plus b_O; everywhere else it is one product of z, whose last bits
+   may differ from that sum's. */
 typedef struct patch_edit {
     patch_hook hook;
     patch_op op;
@@ -231,7 +235,8 @@ typedef struct patch_read {
                    same row, hence equal by construction; -1 for pos == -1 */
 } patch_read;
 
-/* What a call did. */
+/* What a call did. Of groups of cells that were given up for want of memory, and tried again with
+   fewer, only the time is counted, in seconds_plan. */
 typedef struct patch_stats {
     double cells, cells_skipped;     /* sweeps: skipped cells' final row is the baseline's */
     double rows, rows_shared;        /* rows of all layers computed, and asked for but shared */

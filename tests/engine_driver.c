@@ -569,18 +569,6 @@ static void show_case(const Case *c) {
     }
 }
 
-/* Does any edit up to this run copy a hook_result? An edited result is added up head by head, where
-   attn_out is otherwise one product, so the bits depend on whether a copy of equals counts as an edit. */
-static int copies_result(const Case *c) {
-    int run, i;
-
-    for (run = 0; run < c->n_runs; run++)
-        for (i = 0; i < c->runs[run].n_edits; i++)
-            if (c->edits[run][i].hook == PATCH_RESULT && c->edits[run][i].op == PATCH_COPY)
-                return 1;
-    return 0;
-}
-
 /* Give every read memory of its own, freed by drop_outputs. */
 static void take_outputs(const patch_run *runs, patch_read *reads, int n) {
     int i;
@@ -670,7 +658,6 @@ static void check_case(Case *c, long number, int with_ref) {
     patch_error e;
     char name[64];
     int run, i, k, before = (int)n_failed;
-    const int exact = !copies_result(c);
 
     take_outputs(c->runs, c->reads, c->n_reads);
     memcpy(unshared, c->reads, sizeof unshared);
@@ -684,9 +671,8 @@ static void check_case(Case *c, long number, int with_ref) {
         patch_read *r = &c->reads[i];
 
         hook_of(r, name);
-        if (exact)
-            check(same_floats(r->out, unshared[i].out, read_floats(c->runs, r)),
-                  "case %ld: run %d %s pos %d: sharing changes the bits", number, r->run, name, r->pos);
+        check(same_floats(r->out, unshared[i].out, read_floats(c->runs, r)),
+              "case %ld: run %d %s pos %d: sharing changes the bits", number, r->run, name, r->pos);
         if (with_ref) {
             check(close_to_ref(r, &refs[r->run], 2e-5), "case %ld: run %d %s pos %d: not the plain pass's",
                   number, r->run, name, r->pos);
@@ -863,6 +849,7 @@ static int keys_follow(int hook) { /* does an edit here change keys or values of
 static void section_rows_of(int T, int d, int only) {
     const int L = dims->n_layers;
     const double base = (double)(L - 1) * T + 1, pair = base + (double)(L - 1) * (T - d) + 1;
+    double same;
     int clean[MOST_T], other[MOST_T], hook, l, pos, t, head;
     patch_run runs[4];
     patch_edit edit;
@@ -899,10 +886,13 @@ static void section_rows_of(int T, int d, int only) {
                     edit.head = head;
                     edit.src = row_shape[hook] == 'P' && pos >= 0 && head > 0 ? below(T) : -1;
                     edit.source = 1;
-                    expect_rows(runs, 3, pair, "a run patched with itself", hook, l, pos);
+                    same = pair; /* an edited result is summed head by head, hence other rows */
+                    if (hook == PATCH_RESULT)
+                        same += pos < 0 ? rows_added(l, 0, T, T) : rows_added(l, pos, 1, T);
+                    expect_rows(runs, 3, same, "a run patched with itself", hook, l, pos);
                     edit.source = 0;
                     if (pos >= 0 && pos < d)
-                        expect_rows(runs, 3, pair, "before the first token that differs", hook, l, pos);
+                        expect_rows(runs, 3, same, "before the first token that differs", hook, l, pos);
                 }
         }
     for (l = 0; l < L; l++) {
@@ -1441,6 +1431,24 @@ static void heap_free(void *p, void *ctx) {
     free((char *)p - 64);
 }
 
+/* What the groups of a sweep asked for, as they report it. */
+typedef struct Asked {
+    const Task *t;
+    double groups, rows;
+} Asked;
+
+static patch_status note_group(void *ctx, size_t first, size_t count, const double *values, patch_error *e) {
+    Asked *a = ctx;
+    const size_t cells = (size_t)a->t->n_cells, examples = (first + count - 1) / cells - first / cells + 1;
+
+    (void)values, (void)e;
+    a->groups++;
+    a->rows += (double)((2 * examples + count) * (size_t)a->t->x[0].n_tokens) * dims->n_layers;
+    return PATCH_OK;
+}
+
+static size_t bytes_advised; /* by the last message of too little memory; 0: it named none */
+
 /* A sweep within this many bytes: its numbers (checked), or PATCH_E_MEMORY with a message (0). */
 static int sweep_within(size_t bytes, const Task *t, patch_metric metric, const double *want,
                         patch_stats *stats) {
@@ -1450,13 +1458,18 @@ static int sweep_within(size_t bytes, const Task *t, patch_metric metric, const 
     patch_cells_options cells;
     double *values = room(n, sizeof *values);
     patch_model *m = NULL;
+    Asked asked = {NULL, 0, 0};
+    const char *advice;
     patch_error e;
     patch_status s;
 
     memset(&e, 0, sizeof e);
     memset(&cells, 0, sizeof cells);
     memset(stats, 0, sizeof *stats);
+    asked.t = t;
     cells.metric = metric;
+    cells.done = note_group;
+    cells.ctx = &asked;
     o.max_memory = bytes;
     o.allocator.alloc = heap_alloc;
     o.allocator.free = heap_free;
@@ -1470,10 +1483,16 @@ static int sweep_within(size_t bytes, const Task *t, patch_metric metric, const 
           (unsigned long)heap.peak);
     if (s == PATCH_OK)
         check(same_doubles(values, want, n), "%lu bytes change metric %d", (unsigned long)bytes, (int)metric);
+    if (s == PATCH_OK) /* nothing is counted of groups that were given up */
+        check(stats->passes == asked.groups && stats->rows + stats->rows_shared == asked.rows,
+              "%lu bytes: %g groups of %g rows, but %g passes and %g rows", (unsigned long)bytes, asked.groups,
+              asked.rows, stats->passes, stats->rows + stats->rows_shared);
     else
         check(s == PATCH_E_MEMORY && e.code == s && *e.where && strstr(e.message, "; ") != NULL,
               "%lu bytes: status %d, code %d, \"%s: %s\"", (unsigned long)bytes, (int)s, (int)e.code, e.where,
               e.message);
+    advice = s == PATCH_OK ? NULL : strstr(e.message, "; give ");
+    bytes_advised = advice ? strtoul(advice + 7, NULL, 10) * 1024 : 0;
     free(values);
     return s == PATCH_OK;
 }
@@ -1485,7 +1504,7 @@ static void section_memory(void) {
     int k;
 
     for (k = 0; k < 4; k++) {
-        size_t little = 1, enough = (size_t)1 << 30, i;
+        size_t little = 1, enough = (size_t)1 << 30, advised, i;
         double *want, items, base;
         patch_cells_options o;
         patch_stats stats;
@@ -1502,6 +1521,7 @@ static void section_memory(void) {
         base = stats.peak_bytes;
         for (i = 0; i < sizeof few / sizeof few[0]; i++)
             check(!sweep_within(few[i], &t, metrics[k], want, &stats), "%lu bytes suffice", (unsigned long)few[i]);
+        advised = bytes_advised;
         check(sweep_within(enough, &t, metrics[k], want, &stats) && stats.passes == 1, "a gigabyte: %g passes",
               stats.passes);
         while (enough - little > 64)
@@ -1509,6 +1529,8 @@ static void section_memory(void) {
                 enough -= (enough - little) / 2;
             else
                 little += (enough - little) / 2;
+        check(enough <= advised && advised < enough + (size_t)base / 4 + 4096, "%lu bytes suffice, %lu are advised",
+              (unsigned long)enough, (unsigned long)advised);
         check(sweep_within(enough, &t, metrics[k], want, &stats), "%lu bytes no longer suffice", (unsigned long)enough);
         printf("metric %d: %lu bytes at least, %g passes for %g items, %g bytes of a pass\n", (int)metrics[k],
                (unsigned long)enough, stats.passes, items, stats.peak_bytes);

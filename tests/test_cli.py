@@ -313,6 +313,9 @@ class Models(Case):
         self.refused("no memory", "diff", IOI, "--max-memory", "1")
         self.refused("no memory", "patch", IOI, "--sweep", "resid_pre", "-o", "x.npy", "--max-memory", "100K")
         self.assertEqual(self.quiet("diff", IOI, "--max-memory", "7M"), self.quiet("diff", IOI))
+        said = self.refused("no memory", "diff", IOI, "--max-memory", "1M")
+        advised = re.search(r"max_memory, give (\d+K) or more\n$", said).group(1)
+        self.assertEqual(self.quiet("diff", IOI, "--max-memory", advised), self.quiet("diff", IOI))
 
     def test_no_tokenizer(self):
         """A model without one takes ids, and says so where it is given texts."""
