@@ -9,87 +9,9 @@
      part     a part file with its records' checksums mended: for `merge`, and to go on from
      words    a command line, a word a line
 
-   Built by tests/fuzz.py with -fsanitize=fuzzer, or with -DREPLAY as a program that takes files. The
-   command line ends by exit() and leaves its memory to that; here exit() jumps back, and what was left
-   open and allocated is given back, so that a leak of the library's is still seen. */
+   Built by tests/fuzz.py with -fsanitize=fuzzer, or with -DREPLAY as a program that takes files. */
 
-#include <setjmp.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-static jmp_buf at_exit;
-static void *blocks[1 << 16];
-static FILE *files[256];
-static size_t n_blocks, n_files, in_call, largest, allowed;
-
-static void refuse(const char *what, size_t n) {
-    fprintf(stderr, "fuzz: %s (%lu)\n", what, (unsigned long)n);
-    abort();
-}
-
-/* Memory as the program gets it: noted, and no piece far beyond what the input can need. */
-static void *fuzz_malloc(size_t n) {
-    void *p = n > ((size_t)1 << 31) ? NULL : malloc(n);
-
-    largest = n > largest ? n : largest;
-    if (allowed > 0 && n > allowed && p != NULL)
-        refuse("an allocation beyond the file's own needs", n);
-    if (in_call && p != NULL) {
-        if (n_blocks == sizeof blocks / sizeof *blocks)
-            refuse("too many blocks", n_blocks);
-        blocks[n_blocks++] = p;
-    }
-    return p;
-}
-
-static void fuzz_free(void *p) {
-    for (size_t i = n_blocks; i-- > 0;)
-        if (blocks[i] == p) {
-            blocks[i] = blocks[--n_blocks];
-            break;
-        }
-    free(p);
-}
-
-/* Nothing outside the folder that the fuzzer runs in. */
-static FILE *fuzz_fopen(const char *path, const char *mode) {
-    FILE *f = strchr(path, '/') != NULL && *mode != 'r' ? NULL : fopen(path, mode);
-
-    if (f != NULL && n_files < sizeof files / sizeof *files)
-        files[n_files++] = f;
-    return f;
-}
-
-static int fuzz_fclose(FILE *f) {
-    for (size_t i = 0; i < n_files; i++)
-        if (files[i] == f)
-            files[i] = files[--n_files];
-    return fclose(f);
-}
-
-#if defined(__GNUC__)
-__attribute__((noreturn))
-#endif
-static void fuzz_exit(int status) {
-    longjmp(at_exit, status + 1);
-}
-
-#define malloc fuzz_malloc
-#define free fuzz_free
-#define fopen fuzz_fopen
-#define fclose fuzz_fclose
-#define exit fuzz_exit
-#define main actpatch_main
-#include "../patch.c"
-#undef main
-#undef exit
-#undef fclose
-#undef fopen
-#undef free
-#undef malloc
+#include "program.h"
 
 /* ---- inputs ---------------------------------------------------------------------------------- */
 
@@ -153,27 +75,6 @@ static void mend_part(unsigned char *f, size_t n) {
 }
 
 /* ---- targets --------------------------------------------------------------------------------- */
-
-/* A call of the program; what it leaves is given back. */
-static void call(const char **words) {
-    static char program[] = "actpatch", *argv[64];
-    static int argc;
-
-    argv[0] = program;
-    for (argc = 1; words[argc - 1] != NULL && argc < 60; argc++)
-        argv[argc] = (char *)(uintptr_t)words[argc - 1];
-    argv[argc] = NULL;
-    in_call = 1;
-    if (setjmp(at_exit) == 0)
-        actpatch_main(argc, argv);
-    in_call = 0;
-    while (n_files > 0)
-        fclose(files[--n_files]);
-    while (n_blocks > 0)
-        free(blocks[--n_blocks]);
-    if (ferror(stdout))
-        clearerr(stdout);
-}
 
 static Model *bundled_model(void) {
     static Model *model;
@@ -249,7 +150,7 @@ static void run_prompts(const char *bytes, size_t n) {
         return;
     write_input("in.tsv", bytes + 1, n - 1);
     memcpy(words, commands[(unsigned char)bytes[0] % 8], sizeof commands[0]);
-    call(words);
+    (void)run_program(words);
     remove("out.html.part");
 }
 
@@ -259,9 +160,9 @@ static void run_part(unsigned char *bytes, size_t n) {
 
     mend_part(bytes, n);
     write_input("in.npy.part", bytes, n);
-    call(merge);
+    (void)run_program(merge);
     if (access("prompts.tsv", R_OK) == 0)
-        call(again);
+        (void)run_program(again);
     remove("in.npy.part");
 }
 
@@ -275,7 +176,7 @@ static void run_words(char *text) {
         words[n++] = word;
     }
     if (n > 0)
-        call(words);
+        (void)run_program(words);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n);
