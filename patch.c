@@ -89,23 +89,29 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-
 #ifdef PATCH_MMAP
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
 
 /* PARALLEL(threads, schedule(...)) in front of a loop: OpenMP's pragma where the compiler has it.
-   */
+   now() counts seconds: of the wall clock with OpenMP, of one thread's processor without. */
 #ifdef _OPENMP
 #include <omp.h>
 #define OMP_TEXT(...) _Pragma(#__VA_ARGS__)
 #define OMP_WORDS(...) OMP_TEXT(__VA_ARGS__)
 #define PARALLEL(threads, how) OMP_WORDS(omp parallel for num_threads(threads) how)
+#define now() omp_get_wtime()
+#define max_threads() omp_get_max_threads()
+#define thread_number() omp_get_thread_num()
+enum { THREAD_CEILING = 256 };
 #else
 #define PARALLEL(threads, how) (void)(threads);
+#define now() ((double)clock() / CLOCKS_PER_SEC)
+#define max_threads() 1
+#define thread_number() 0
+enum { THREAD_CEILING = 1 };
 #endif
 
 #if defined(__GNUC__)
@@ -113,39 +119,6 @@
 #else
 #define ALWAYS_INLINE static inline
 #endif
-
-/* Seconds since some moment: of the wall clock with OpenMP, of one thread's processor without. */
-static double now(void) {
-#ifdef _OPENMP
-    return omp_get_wtime();
-#else
-    return (double)clock() / CLOCKS_PER_SEC;
-#endif
-}
-
-static int max_threads(void) {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
-static int thread_ceiling(void) {
-#ifdef _OPENMP
-    return 256;
-#else
-    return 1;
-#endif
-}
-
-static int thread_number(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 /* A file's bytes: mapped, or the caller's memory, or (bytes == NULL) to be read piece by piece. */
 typedef struct Map {
@@ -157,47 +130,31 @@ typedef struct Map {
 /* Map the whole of an ordinary file; 0 with errno where the system refuses. Without mmap only the
    size is found out, and map_read does the rest. */
 static int map_open(const char *path, Map *map) {
-    memset(map, 0, sizeof *map);
+    FILE *file = fopen(path, "rb");
+
+    *map = (Map){NULL, 0, 0};
+    if (file == NULL)
+        return 0;
 #ifdef PATCH_MMAP
-    {
-        struct stat facts;
-        void *bytes = MAP_FAILED;
-        int saved, file = open(path, O_RDONLY);
-
-        if (file < 0)
-            return 0;
-        if (fstat(file, &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size > 0)
-            bytes = mmap(NULL, (size_t)facts.st_size, PROT_READ, MAP_PRIVATE, file, 0);
-        else
-            errno = EINVAL;
-        saved = errno;
-        close(file);
-        errno = saved;
-        if (bytes == MAP_FAILED)
-            return 0;
-        map->bytes = bytes;
-        map->size = (size_t)facts.st_size;
-        map->mapped = 1;
-        return 1;
-    }
+    struct stat facts;
+    if (fstat(fileno(file), &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size > 0) {
+        const size_t size = (size_t)facts.st_size;
+        void *bytes = mmap(NULL, size, PROT_READ, MAP_PRIVATE, fileno(file), 0);
+        if (bytes != MAP_FAILED)
+            *map = (Map){bytes, size, 1};
+    } else
+        errno = EINVAL;
 #else
-    {
-        FILE *file = fopen(path, "rb");
-        long size = -1;
-
-        if (file == NULL)
-            return 0;
-        if (fseek(file, 0, SEEK_END) == 0)
-            size = ftell(file);
-        fclose(file);
-        if (size <= 0) {
-            errno = EINVAL;
-            return 0;
-        }
+    const long size = fseek(file, 0, SEEK_END) == 0 ? ftell(file) : -1;
+    if (size > 0)
         map->size = (size_t)size;
-        return 1;
-    }
+    else
+        errno = EINVAL;
 #endif
+    const int saved = errno;
+    fclose(file);
+    errno = saved;
+    return map->size > 0;
 }
 
 static void map_close(Map *map) {
@@ -205,20 +162,17 @@ static void map_close(Map *map) {
     if (map->mapped)
         munmap((void *)(uintptr_t)map->bytes, map->size);
 #endif
-    memset(map, 0, sizeof *map);
+    *map = (Map){NULL, 0, 0};
 }
 
 /* Give the pages of n bytes back to the system: they stay readable and come from the file again. */
 static void map_release(const Map *map, const void *bytes, size_t n) {
 #ifdef PATCH_MMAP
-    if (map->mapped && n > 0) {
-        const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-        const uintptr_t first = ((uintptr_t)bytes + page - 1) / page * page;
-        const uintptr_t last = ((uintptr_t)bytes + n) / page * page;
-
-        if (last > first)
-            madvise((void *)first, last - first, MADV_DONTNEED);
-    }
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t first = ((uintptr_t)bytes + page - 1) / page * page;
+    const uintptr_t last = ((uintptr_t)bytes + n) / page * page;
+    if (map->mapped && last > first)
+        madvise((void *)first, last - first, MADV_DONTNEED);
 #else
     (void)map, (void)bytes, (void)n;
 #endif
@@ -228,12 +182,10 @@ static void map_release(const Map *map, const void *bytes, size_t n) {
    The file is opened anew each time, so that threads need not share a position. */
 static int map_read(const char *path, size_t offset, size_t n, void *out) {
     FILE *file = offset <= (size_t)LONG_MAX ? fopen(path, "rb") : NULL;
-    int ok;
-
-    if (file == NULL)
-        return 0;
-    ok = fseek(file, (long)offset, SEEK_SET) == 0 && fread(out, 1, n, file) == n;
-    fclose(file);
+    const int ok = file != NULL && fseek(file, (long)offset, SEEK_SET) == 0 &&
+                   fread(out, 1, n, file) == n;
+    if (file != NULL)
+        fclose(file);
     return ok;
 }
 
@@ -243,13 +195,12 @@ static int map_read(const char *path, size_t offset, size_t n, void *out) {
 static patch_status fail(patch_error *e, patch_status code, const char *where, const char *format,
                          ...) {
     va_list values;
-
-    if (e == NULL)
-        return code;
-    e->code = code;
-    snprintf(e->where, sizeof e->where, "%s", where);
     va_start(values, format);
-    vsnprintf(e->message, sizeof e->message, format, values);
+    if (e != NULL) {
+        e->code = code;
+        snprintf(e->where, sizeof e->where, "%s", where);
+        vsnprintf(e->message, sizeof e->message, format, values);
+    }
     va_end(values);
     return code;
 }
@@ -289,18 +240,12 @@ static void default_free(void *memory, void *ctx) {
    or the allocator gives nothing. give() accepts NULL. */
 static void *take(const patch_allocator *a, size_t n, size_t size) {
     size_t bytes;
-
-    if (!size_times(n, size, &bytes))
-        return NULL;
-    return a->alloc(bytes ? bytes : 1, a->ctx);
+    return size_times(n, size, &bytes) ? a->alloc(bytes ? bytes : 1, a->ctx) : NULL;
 }
 
 static void *take_zeroed(const patch_allocator *a, size_t n, size_t size) {
     void *p = take(a, n, size);
-
-    if (p != NULL)
-        memset(p, 0, n * size);
-    return p;
+    return p ? memset(p, 0, n * size) : NULL;
 }
 
 static void give(const patch_allocator *a, void *p) {
@@ -328,7 +273,6 @@ typedef struct Pool {
 static void *pool_raw(Pool *p, size_t n, size_t size) {
     size_t bytes = SIZE_MAX;
     Block *b = NULL;
-
     if (size_times(n, size, &bytes) && size_plus(bytes, sizeof *b, &bytes) &&
         bytes <= p->limit - p->bytes)
         b = p->a->alloc(bytes, p->a->ctx);
@@ -336,9 +280,7 @@ static void *pool_raw(Pool *p, size_t n, size_t size) {
         p->refused = bytes;
         return NULL;
     }
-    memset(b, 0, sizeof *b);
-    b->link.bytes = bytes;
-    b->link.next = p->blocks;
+    *b = (Block){.link = {p->blocks, NULL, bytes}};
     if (p->blocks != NULL)
         p->blocks->link.last = b;
     p->blocks = b;
@@ -349,18 +291,14 @@ static void *pool_raw(Pool *p, size_t n, size_t size) {
 /* The same, zeroed. */
 static void *pool_take(Pool *p, size_t n, size_t size) {
     void *piece = pool_raw(p, n, size);
-
-    if (piece != NULL)
-        memset(piece, 0, n * size);
-    return piece;
+    return piece ? memset(piece, 0, n * size) : NULL;
 }
 
 /* Give one piece back early; NULL is fine. */
 static void pool_give(Pool *p, void *piece) {
-    Block *b = piece == NULL ? NULL : (Block *)piece - 1;
-
-    if (b == NULL)
+    if (piece == NULL)
         return;
+    Block *b = (Block *)piece - 1;
     *(b->link.last ? &b->link.last->link.next : &p->blocks) = b->link.next;
     if (b->link.next != NULL)
         b->link.next->link.last = b->link.last;
@@ -369,11 +307,7 @@ static void pool_give(Pool *p, void *piece) {
 }
 
 static Pool pool_begin(const patch_allocator *a, size_t limit) {
-    Pool p = {NULL, NULL, 0, 0, 0};
-
-    p.a = a;
-    p.limit = limit;
-    return p;
+    return (Pool){.a = a, .limit = limit};
 }
 
 /* Free everything, and pass a status on. */
@@ -1652,7 +1586,7 @@ static patch_status factor_model(Model *m, patch_error *e); /* step 5: chapter 1
 /* What follows from the file and the options, step 5 included. */
 static patch_status settle_model(Model *m, patch_error *e) {
     const ModelFile *f = &m->file;
-    const int folded = (f->processing & DID_FOLD) != 0, most = thread_ceiling();
+    const int folded = (f->processing & DID_FOLD) != 0, most = THREAD_CEILING;
     patch_options *o = &m->options;
     int *const on[] = {&o->fold_ln, &o->center_writing_weights, &o->center_unembed,
                        &o->fold_value_biases, &o->refactor_factored_attn_matrices};
