@@ -388,6 +388,10 @@ static uint64_t get_u64(const unsigned char *p) {
     return get_u32(p) | (uint64_t)get_u32(p + 4) << 32;
 }
 
+static uint64_t align_up(uint64_t byte) { /* to the next multiple of 64 */
+    return (byte + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
 /* zlib's CRC-32 of n more bytes; begin with 0. Four bits at a time: 16 words of table instead of
    1,024, at a third of the speed, for files that are checked once. */
 static const uint32_t crc_table[16] = {
@@ -425,13 +429,13 @@ static const Tensor *unembedding(const ModelFile *f) { /* [V,C]: one row a token
     return f->untied ? tail_tensor(f, 2) : &f->tensors[0]; /* lm_head or wte */
 }
 
-/* What tensor number i of a file with these sizes has to be. */
 typedef struct Expected {
     char name[48];           /* zeros behind it, as in the table */
     size_t rank, rows, cols; /* of a vector cols is 1 */
     int panels;              /* is it stored as panels? */
 } Expected;
 
+/* What tensor number i of a file with these sizes has to be. */
 static Expected expected_tensor(const ModelFile *f, size_t i) {
     static const char letters[] = "VNMC3-";
     const size_t sizes[] = {f->V, f->N, f->M, f->C, 3 * f->C, 1}; /* by their letter */
@@ -442,7 +446,6 @@ static Expected expected_tensor(const ModelFile *f, size_t i) {
     Expected x = {"", row[1] == '-' ? 1 : 2, sizes[strchr(letters, row[0]) - letters],
                   sizes[strchr(letters, row[1]) - letters], inner && folded && row[1] != '-'};
     const int at = inner ? snprintf(x.name, sizeof x.name, "h.%lu.", (unsigned long)layer) : 0;
-
     snprintf(x.name + at, sizeof x.name - (size_t)at, "%s", row + 3);
     return x;
 }
@@ -459,8 +462,7 @@ static Expected expected_tensor(const ModelFile *f, size_t i) {
    product of two overflows 64 bits. */
 static patch_status read_head(ModelFile *f, const unsigned char *p, const char *where,
                               patch_error *e) {
-    const uint64_t eps = get_u64(p + 40), at = get_u64(p + 56), length = get_u64(p + 64);
-    size_t version, act, i, end, size = f->map.size;
+    size_t version, act;
     const struct { unsigned long at, least, most; size_t *out; const char *name; } fields[] = {
         {8, 1, 1, &version, "version"}, {12, 1, 256, &f->L, "n_layer"},
         {16, 1, MAX_HEADS, &f->H, "n_head"}, {20, 1, 65536, &f->C, "d_model"},
@@ -468,7 +470,6 @@ static patch_status read_head(ModelFile *f, const unsigned char *p, const char *
         {32, 1, 4194304, &f->V, "d_vocab"}, {36, 0, 2, &act, "activation"},
         {48, 0, 1, &f->inverse_layer, "inverse_layer"}, {52, 1, 8192, &f->n_tensors, "tensor count"}
     }, *x;
-
     if (memcmp(p, "ACTPATCH", 8) != 0)
         return fail(e, PATCH_E_FORMAT, where,
                     "byte 0: not an actpatch model; make one with convert_weights.py");
@@ -477,23 +478,24 @@ static patch_status read_head(ModelFile *f, const unsigned char *p, const char *
         if ((*x->out = get_u32(p + x->at)) < x->least || *x->out > x->most)
             return fail(e, PATCH_E_FORMAT, where, "byte %lu: %s = %lu (want %lu..%lu)" CONVERT,
                         x->at, x->name, (unsigned long)*x->out, x->least, x->most);
-    memcpy(&f->eps, &eps, sizeof eps);
+    const uint64_t length = get_u64(p + 64), size = f->map.size;
+    const size_t end = (size_t)align_up(HEAD_BYTES + f->n_tensors * TABLE_ROW); /* of the table */
+    memcpy(&f->eps, &(uint64_t){get_u64(p + 40)}, sizeof f->eps);
     f->act_fn = (uint32_t)act;
     f->processing = get_u32(p + 88);
     f->per_layer = f->processing ? FOLD_PER_LAYER : RAW_PER_LAYER;
     f->untied = f->n_tensors - 4 - f->L * f->per_layer; /* 1: lm_head.weight; below 0 it wraps */
     f->D = f->C / f->H;
-    end = (HEAD_BYTES + f->n_tensors * TABLE_ROW + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     f->tokenizer_at = end;
     f->tokenizer_bytes = (size_t)length;
     CHECK(f->C % f->H == 0, 16, "d_model is not divisible by n_head");
     CHECK(f->eps >= 0 && f->eps <= 1, 40, "epsilon is not within 0..1"); /* nor is NaN */
     CHECK(f->processing == 0 || f->processing / DID_FOLD == 1, 88, "unknown processing");
-    for (i = 92; i < 124; i++)
+    for (size_t i = 92; i < 124; i++)
         CHECK(p[i] == 0, i, "reserved byte is not zero");
     CHECK(f->untied <= 1, 52, "tensor count does not fit the layers");
     CHECK(get_u64(p + 72) == size, 72, "the file has another length than its head says");
-    CHECK(at == (length ? end : 0), 56, "tokenizer does not follow the table");
+    CHECK(get_u64(p + 56) == (length ? end : 0), 56, "tokenizer does not follow the table");
     CHECK(end <= size && length <= size - end, 64, "tokenizer reaches beyond the end of the file");
     return PATCH_OK;
 }
@@ -503,9 +505,11 @@ static patch_status read_head(ModelFile *f, const unsigned char *p, const char *
 static const unsigned char *weights(const ModelFile *f, const Tensor *t, size_t first, size_t n,
                                     const patch_allocator *a) {
     const size_t row = t->bytes / t->rows, offset = t->offset + first * row;
-    unsigned char *copy = f->map.bytes != NULL ? NULL : take(a, n, row);
+    if (f->map.bytes != NULL)
+        return f->map.bytes + offset;
+    unsigned char *copy = take(a, n, row);
     if (copy == NULL || map_read(f->path, offset, n * row, copy))
-        return f->map.bytes != NULL ? f->map.bytes + offset : copy;
+        return copy;
     give(a, copy);
     return NULL;
 }
@@ -519,40 +523,36 @@ static void weights_done(const ModelFile *f, const Tensor *t, size_t n, const un
         map_release(&f->map, bytes, n * (t->bytes / t->rows));
 }
 
-/* Everything but the tensors, of a file whose map is set. *front are its checked first bytes, which
-   are read as if they were a tensor: the head alone, then all of them. */
-static patch_status read_front(ModelFile *f, const unsigned char **front, const char *where,
-                               const patch_allocator *a, patch_error *e) {
+/* Everything but the tensors, of a file whose map is set: f->front are its checked first bytes,
+   which are read as if they were a tensor: the head alone, then all of them. */
+static patch_status read_front(ModelFile *f, const char *where, const patch_allocator *a,
+                               patch_error *e) {
     Tensor all = {TYPE_F32, 1, 1, 1, 0, 0, HEAD_BYTES};
-    size_t at = HEAD_BYTES, i, n;
-    const unsigned char *p;
-    patch_status s;
-    uint64_t end;
-
+    size_t at = HEAD_BYTES;
     CHECK(f->map.size >= HEAD_BYTES, f->map.size, "too short for a model");
-    if ((p = weights(f, &all, 0, 1, a)) == NULL)
+    const unsigned char *p = weights(f, &all, 0, 1, a);
+    if (p == NULL)
         return fail(e, PATCH_E_IO, where, "cannot be read; check the file");
-    s = read_head(f, p, where, e);
+    const patch_status s = read_head(f, p, where, e);
     weights_done(f, &all, 1, p, a); /* a copy of it is in the copy of all */
     if (s != PATCH_OK)
         return s;
-    end = all.bytes = f->tokenizer_at + f->tokenizer_bytes;
-    if ((*front = f->front = p = weights(f, &all, 0, 1, a)) == NULL)
+    uint64_t end = all.bytes = f->tokenizer_at + f->tokenizer_bytes;
+    const size_t n = f->n_tensors * TABLE_ROW;
+    if ((f->front = p = weights(f, &all, 0, 1, a)) == NULL)
         return fail(e, PATCH_E_IO, where, "cannot be read; check the file");
-    n = f->n_tensors * TABLE_ROW;
     CHECK(crc32_of(0, p + at, n) == get_u32(p + 80), at, "checksum of the table does not match");
     CHECK(crc32_of(0, p + f->tokenizer_at, f->tokenizer_bytes) == get_u32(p + 84), f->tokenizer_at,
           "checksum of the tokenizer does not match");
     if ((f->tensors = take_zeroed(a, f->n_tensors, sizeof *f->tensors)) == NULL)
         return no_memory(e, where, n);
-    for (i = 0; i < f->n_tensors; i++, at += TABLE_ROW) {
+    for (size_t i = 0; i < f->n_tensors; i++, at += TABLE_ROW) {
         const Expected x = expected_tensor(f, i);
         const unsigned char *row = p + at;
         const uint32_t type = get_u32(row + 48);
         const uint64_t cols = x.panels ? (x.cols + PANEL - 1) / PANEL * PANEL : x.cols; /* stored */
         const uint64_t bytes = x.rows * cols * (type == TYPE_F16 ? 2 : 4);
-        const uint64_t offset = (end + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; /* as it has to be */
-
+        const uint64_t offset = align_up(end); /* as it has to be */
         if (memcmp(row, x.name, sizeof x.name) != 0)
             return fail(e, PATCH_E_FORMAT, where, "byte %lu: not the tensor %s" CONVERT,
                         (unsigned long)at, x.name);
@@ -571,30 +571,29 @@ static patch_status read_front(ModelFile *f, const unsigned char **front, const 
 }
 
 static int big_endian(void) {
-    const uint16_t one = 1;
-    return *(const unsigned char *)&one == 0;
+    return *(const unsigned char *)&(const uint16_t){1} == 0;
 }
 
 /* n elements from element `at` of a stored row or vector. */
 ALWAYS_INLINE void load_floats(uint32_t type, const unsigned char *p, size_t at, size_t n,
                                float *out) {
-    size_t i;
+    p += (type == TYPE_F16 ? 2 : 4) * at;
     if (type == TYPE_F16)
-        for (p += 2 * at, i = 0; i < n; i++)
+        for (size_t i = 0; i < n; i++)
             out[i] = half_to_float((uint32_t)p[2 * i] | (uint32_t)p[2 * i + 1] << 8);
     else
-        memcpy(out, p + 4 * at, 4 * n);
-    for (i = 0; type != TYPE_F16 && big_endian() && i < n; i++)
-        memcpy(&out[i], &(uint32_t){get_u32(p + 4 * (at + i))}, 4);
+        memcpy(out, p, 4 * n);
+    for (size_t i = 0; type != TYPE_F16 && big_endian() && i < n; i++)
+        memcpy(&out[i], &(uint32_t){get_u32(p + 4 * i)}, 4);
 }
 
 /* One row of a matrix, or a whole vector (row 0), as floats; 0 where it cannot be read. */
 static int weights_row(const ModelFile *f, const Tensor *t, size_t row, float *out,
                        const patch_allocator *a) {
-    const size_t n_rows = t->rank == 1 ? t->rows : 1, n = t->rank == 1 ? t->rows : t->cols;
-    const unsigned char *p = weights(f, t, t->rank == 1 ? 0 : row, n_rows, a);
+    const size_t n_rows = t->rank == 1 ? t->rows : 1; /* stored; a vector has a row an element */
+    const unsigned char *p = weights(f, t, row, n_rows, a);
     if (p != NULL)
-        load_floats(t->type, p, 0, n, out);
+        load_floats(t->type, p, 0, n_rows * t->cols, out);
     if (f->map.bytes == NULL) /* a copy goes; mapped pages stay, for the next row */
         weights_done(f, t, n_rows, p, a);
     return p != NULL;
@@ -605,7 +604,6 @@ static void model_file_free(ModelFile *f, const patch_allocator *a) {
     map_close(&f->map);
     give(a, f->path);
     give(a, f->tensors);
-    memset(f, 0, sizeof *f);
 }
 
 /* ==== 4. Tokenizer ===============================================================================
@@ -1630,7 +1628,6 @@ static patch_status model_load(const char *path, const void *bytes, size_t n,
     const patch_allocator standard = {default_alloc, default_free, NULL};
     const patch_allocator a = o.allocator.alloc ? o.allocator : standard;
     const char *where = path ? path : "memory";
-    const unsigned char *front = NULL; /* head, table and tokenizer */
     Model *m = take_zeroed(&a, 1, sizeof *m);
     patch_status s;
 
@@ -1647,9 +1644,9 @@ static patch_status model_load(const char *path, const void *bytes, size_t n,
                  "cannot open the model (%s); check -m or make one with convert_weights.py",
                  errno == EINVAL ? "not an ordinary file, or empty" : strerror(errno));
     else
-        s = read_front(&m->file, &front, where, &a, e);
+        s = read_front(&m->file, where, &a, e);
     if (s == PATCH_OK && m->file.tokenizer_bytes > 0) /* it is used where it lies */
-        s = tokenizer_read(&m->tokenizer, front + m->file.tokenizer_at, m->file.tokenizer_bytes,
+        s = tokenizer_read(&m->tokenizer, m->file.front + m->file.tokenizer_at, m->file.tokenizer_bytes,
                            m->file.V, where, &a, e);
     if (s == PATCH_OK)
         s = settle_model(m, e);
