@@ -637,11 +637,8 @@ static void model_file_free(ModelFile *f, const patch_allocator *a) {
 #define EOT_BYTES (sizeof EOT_TEXT - 1)
 #define NO_TOKEN 0xFFFFFFFFu     /* no id, no rank or no position */
 #define UTF8_INVALID 0xFFFFFFFFu /* no code point: a byte that begins no valid character */
-
-enum { SECTION_HEAD = 16, MERGE_RECORD = 12, MAX_PROBES = 256 };
-enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE }; /* appendix A's numbers */
-
-static int unicode_class(uint32_t code); /* appendix A: generated tables come last */
+enum { SECTION_HEAD = 16, MERGE_RECORD = 12, MAX_PROBES = 256, UNICODE_RUNS = 1610 };
+enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE }; /* appendix A's marks, in order */
 
 /* A checked section, used in place, and what finds things in it. */
 typedef struct Tokenizer {
@@ -652,7 +649,11 @@ typedef struct Tokenizer {
     uint32_t *starts;       /* [n_tokens]: byte of the section at which the token's length stands */
     uint32_t *slots;        /* [slot_mask + 1]: hash table, from pairs to ranks; NO_TOKEN: free */
     uint32_t slot_mask;     /* of the slots, a power of two, at most half are taken */
+    uint32_t runs[UNICODE_RUNS]; /* class << 24 | first code point of a run of that class */
 } Tokenizer;
+
+/* Write out appendix A's runs, in ascending order: generated tables come last. */
+static void unicode_decode(uint32_t runs[UNICODE_RUNS]);
 
 /* A token's bytes and their number; NULL and 0 where the id, which may be any, has none. */
 static const char *tokenizer_token(const Tokenizer *t, int64_t id, size_t *n) {
@@ -667,11 +668,10 @@ static const char *tokenizer_token(const Tokenizer *t, int64_t id, size_t *n) {
    without it would take time in the square of their merges. */
 static uint32_t *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
     const uint64_t odd = 0x9E3779B97F4A7C15u; /* 2^64 / the golden ratio */
-    uint64_t hash = ((uint64_t)left << 32 | right) * odd, end;
-
-    hash = (hash ^ hash >> 32) * odd >> 32; /* the high bits depend on all of the pair */
-    for (end = hash + MAX_PROBES; hash < end; hash++) {
-        uint32_t *slot = &t->slots[hash & t->slot_mask];
+    const uint64_t mixed = ((uint64_t)left << 32 | right) * odd;
+    const uint64_t hash = (mixed ^ mixed >> 32) * odd >> 32; /* high bits depend on all of it */
+    for (uint64_t at = hash; at < hash + MAX_PROBES; at++) {
+        uint32_t *slot = &t->slots[at & t->slot_mask];
         const unsigned char *p = t->merges + (*slot == NO_TOKEN ? 0 : (size_t)*slot * MERGE_RECORD);
         if (*slot == NO_TOKEN || (get_u32(p) == left && get_u32(p + 4) == right))
             return slot;
@@ -685,15 +685,15 @@ static uint32_t *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
         return fail(e, PATCH_E_FORMAT, where, "tokenizer byte %lu: " text CONVERT,                 \
                     (unsigned long)(byte), (unsigned long)(number))
 
-/* tokenizer_read's work on a zeroed *t. After it no text can lead outside of the tables. */
-static patch_status read_section(Tokenizer *t, const unsigned char *p, size_t n, size_t d_vocab,
-                                 const char *where, const patch_allocator *a, patch_error *e) {
+/* Check a section of n bytes, which stays in use, and index it: 8 KB, 4 bytes a token and 8 to 16
+   a merge. After it no text can lead outside of the tables. What it takes goes with tokenizer_free,
+   after an error too: FORMAT or MEMORY. */
+static patch_status tokenizer_read(Tokenizer *t, const unsigned char *p, size_t n, size_t d_vocab,
+                                   const char *where, const patch_allocator *a, patch_error *e) {
     size_t at = SECTION_HEAD, n_slots = 1, length = 0, n_left, n_right;
     const char *token = NULL;
-    uint32_t id;
-
+    *t = (Tokenizer){.section = p};
     CHECK_VOCAB(n >= SECTION_HEAD && n < NO_TOKEN, 0, "a length of %lu cannot be", n);
-    t->section = p;
     t->n_tokens = get_u32(p);
     t->n_merges = get_u32(p + 4);
     t->eot = get_u32(p + 8);
@@ -705,7 +705,7 @@ static patch_status read_section(Tokenizer *t, const unsigned char *p, size_t n,
     if ((t->starts = take(a, t->n_tokens, sizeof *t->starts)) == NULL)
         return no_memory(e, where, t->n_tokens * sizeof *t->starts);
     memset(t->byte_ids, 0xFF, sizeof t->byte_ids); /* NO_TOKEN */
-    for (id = 0; id < t->n_tokens; id++, at += 2 + length) {
+    for (uint32_t id = 0; id < t->n_tokens; id++, at += 2 + length) {
         t->starts[id] = (uint32_t)at;
         if (n - at >= 2) /* else there is not even a length */
             token = tokenizer_token(t, id, &length);
@@ -716,8 +716,8 @@ static patch_status read_section(Tokenizer *t, const unsigned char *p, size_t n,
             *own = id;
         }
     }
-    for (id = 0; id < 256; id++)
-        CHECK_VOCAB(t->byte_ids[id] != NO_TOKEN, 16, "byte value %lu has no token of its own", id);
+    for (int i = 0; i < 256; i++)
+        CHECK_VOCAB(t->byte_ids[i] != NO_TOKEN, 16, "byte value %lu has no token of its own", i);
     token = tokenizer_token(t, t->eot, &length);
     CHECK_VOCAB(t->eot == NO_TOKEN || (length == EOT_BYTES && !memcmp(token, EOT_TEXT, length)), 8,
                 "token %lu is not " EOT_TEXT, t->eot);
@@ -735,11 +735,10 @@ static patch_status read_section(Tokenizer *t, const unsigned char *p, size_t n,
     memset(t->slots, 0xFF, n_slots * sizeof *t->slots); /* NO_TOKEN */
     t->slot_mask = (uint32_t)(n_slots - 1);
     t->merges = p + at;
-    for (id = 0; id < t->n_merges; id++, at += MERGE_RECORD) {
+    for (uint32_t id = 0; id < t->n_merges; id++, at += MERGE_RECORD) {
         const char *left = tokenizer_token(t, get_u32(p + at), &n_left);
         const char *right = tokenizer_token(t, get_u32(p + at + 4), &n_right);
         uint32_t *slot = merge_slot(t, get_u32(p + at), get_u32(p + at + 4));
-
         token = tokenizer_token(t, get_u32(p + at + 8), &length);
         CHECK_VOCAB(left && right && length == n_left + n_right && !memcmp(token, left, n_left) &&
                     !memcmp(token + n_left, right, n_right), at,
@@ -748,6 +747,7 @@ static patch_status read_section(Tokenizer *t, const unsigned char *p, size_t n,
         CHECK_VOCAB(*slot == NO_TOKEN, at, "merge %lu has the pair of an earlier one", id);
         *slot = id;
     }
+    unicode_decode(t->runs);
     return PATCH_OK;
 }
 
@@ -755,19 +755,6 @@ static patch_status read_section(Tokenizer *t, const unsigned char *p, size_t n,
 static void tokenizer_free(Tokenizer *t, const patch_allocator *a) {
     give(a, t->starts);
     give(a, t->slots);
-    memset(t, 0, sizeof *t);
-}
-
-/* Check a section of n bytes, which stays in use, and index it: 1 KB, 4 bytes a token and 8 to 16
-   a merge. After an error, FORMAT or MEMORY, *t is zeroed: no tokens, and nothing to free. */
-static patch_status tokenizer_read(Tokenizer *t, const unsigned char *section, size_t n,
-                                   size_t d_vocab, const char *where, const patch_allocator *a,
-                                   patch_error *e) {
-    patch_status s;
-    memset(t, 0, sizeof *t);
-    if ((s = read_section(t, section, n, d_vocab, where, a, e)) != PATCH_OK)
-        tokenizer_free(t, a);
-    return s;
 }
 
 /* ---- cutting a text into words -------------------------------------------------------------- */
@@ -779,36 +766,44 @@ static uint32_t utf8_next(const unsigned char *s, size_t n, size_t *length) {
     const uint32_t lead = s[0];
     const size_t more = lead < 0x80 ? 0 : lead < 0xE0 ? 1 : lead < 0xF0 ? 2 : 3;
     uint32_t code = more == 0 ? lead : lead & 0x3Fu >> more;
-    size_t i;
-
-    for (i = 1; i <= more && i < n && (s[i] & 0xC0) == 0x80; i++)
+    size_t i = 1;
+    for (; i <= more && i < n && (s[i] & 0xC0) == 0x80; i++)
         code = code << 6 | (s[i] & 0x3Fu);
-    *length = 1;
-    if ((lead >= 0x80 && lead < 0xC0) || lead >= 0xF8 || i <= more || code < least[more] ||
-        code > 0x10FFFF || (code >= 0xD800 && code < 0xE000))
-        return UTF8_INVALID;
-    *length = more + 1;
-    return code;
+    const int bad = (lead >= 0x80 && lead < 0xC0) || lead >= 0xF8 || i <= more ||
+                    code < least[more] || code > 0x10FFFF || (code >= 0xD800 && code < 0xE000);
+    *length = bad ? 1 : more + 1;
+    return bad ? UTF8_INVALID : code;
+}
+
+/* The class of the character at s, of *length bytes. A binary search: run `low` begins at or before
+   its code point, run `high` after it; of what lies above Unicode the last run makes CLASS_OTHER. */
+static int char_class(const Tokenizer *t, const unsigned char *s, size_t n, size_t *length) {
+    const uint32_t code = utf8_next(s, n, length);
+    size_t low = 0, high = code < UNICODE_RUNS ? code + 1 : UNICODE_RUNS; /* run i is not below i */
+    while (high - low > 1) {
+        const size_t middle = (low + high) / 2;
+        if ((t->runs[middle] & 0xFFFFFF) <= code)
+            low = middle;
+        else
+            high = middle;
+    }
+    return (int)(t->runs[low] >> 24);
 }
 
 /* The bytes of the word at s, where a part of a text has n >= 1 more: the expression above. Only of
-   a run of spaces a character is given back, so that cutting a text takes linear time. Appendix A
-   makes CLASS_OTHER of UTF8_INVALID. */
-static size_t word_length(const unsigned char *s, size_t n) {
-    size_t at, length, last = 0, space;
-    int kind;
-
+   a run of spaces a character is given back, so that cutting a text takes linear time. */
+static size_t word_length(const Tokenizer *t, const unsigned char *s, size_t n) {
     if (n >= 2 && s[0] == '\'' && memchr("stmd", s[1], 4) != NULL)
         return 2;
     if (n >= 3 && s[0] == '\'' &&
         (!memcmp(s + 1, "re", 2) || !memcmp(s + 1, "ve", 2) || !memcmp(s + 1, "ll", 2)))
         return 3;
-    space = s[0] == ' ' && n >= 2; /* " ?" takes U+0020 and no other space */
-    kind = unicode_class(utf8_next(s + space, n - space, &length));
+    size_t length, last = 0, space = s[0] == ' ' && n >= 2; /* " ?" takes no other space */
+    const int kind = char_class(t, s + space, n - space, &length);
     if (kind == CLASS_SPACE) /* it is not followed by a word: one more of a run of spaces */
         space = 0;
-    for (at = space; at < n; last = at, at += length)
-        if (unicode_class(utf8_next(s + at, n - at, &length)) != kind)
+    for (size_t at = space; at < n; last = at, at += length)
+        if (char_class(t, s + at, n - at, &length) != kind)
             return kind == CLASS_SPACE && last > 0 ? last : at; /* \s+(?!\S) */
     return n;
 }
@@ -817,33 +812,28 @@ static size_t word_length(const unsigned char *s, size_t n) {
    searched for <|endoftext|> only once: a million times "<" must not take a million searches. */
 typedef struct Walk {
     const unsigned char *text;
-    size_t n, at, part_end; /* part_end: where the next <|endoftext|> begins, n: nowhere */
+    size_t n, from, at, part_end; /* part_end: where the next <|endoftext|> begins, n: nowhere */
+    int is_eot;
 } Walk;
 
-/* Set part_end; w->at is where a part begins. */
-static void walk_find_part(const Tokenizer *t, Walk *w) {
-    for (w->part_end = w->at; w->part_end < w->n; w->part_end++)
-        if (t->eot != NO_TOKEN && w->n - w->part_end >= EOT_BYTES &&
-            memcmp(w->text + w->part_end, EOT_TEXT, EOT_BYTES) == 0)
-            return;
-}
-
 /* A walk before its first step. Without bytes, text may be NULL. */
-static Walk walk_begin(const Tokenizer *t, const char *text, size_t n) {
-    Walk w = {(const unsigned char *)text, n, 0, 0};
-    walk_find_part(t, &w);
-    return w;
+static Walk walk_begin(const char *text, size_t n) {
+    return (Walk){.text = (const unsigned char *)text, .n = n};
 }
 
-/* Step over bytes *from .. w->at - 1, a word or (*is_eot) an <|endoftext|>. 0: the text ends. */
-static int walk_next(const Tokenizer *t, Walk *w, size_t *from, int *is_eot) {
+/* Step over bytes w->from .. w->at - 1, a word or an <|endoftext|> (is_eot). 0: the text ends. */
+static int walk_next(const Tokenizer *t, Walk *w) {
+    w->from = w->at;
     if (w->at == w->n)
         return 0;
-    *from = w->at;
-    *is_eot = w->at == w->part_end;
-    w->at += *is_eot ? EOT_BYTES : word_length(w->text + w->at, w->part_end - w->at);
-    if (*is_eot)
-        walk_find_part(t, w);
+    while (w->part_end < w->n &&
+           (t->eot == NO_TOKEN || w->n - w->part_end < EOT_BYTES ||
+            memcmp(w->text + w->part_end, EOT_TEXT, EOT_BYTES) != 0))
+        w->part_end++;
+    w->is_eot = w->at == w->part_end;
+    if (w->is_eot)
+        w->part_end += EOT_BYTES; /* from there on the next one is looked for */
+    w->at += w->is_eot ? EOT_BYTES : word_length(t, w->text + w->at, w->part_end - w->at);
     return 1;
 }
 
@@ -865,9 +855,7 @@ static void set_pair(const Tokenizer *t, Merger *m, size_t n, uint32_t at) {
     const uint32_t behind = m->next[at];
     const uint32_t *slot = behind == NO_TOKEN ? NULL : merge_slot(t, m->ids[at], m->ids[behind]);
     uint64_t least = slot == NULL || *slot == NO_TOKEN ? UINT64_MAX : (uint64_t)*slot << 32 | at;
-    size_t k;
-
-    for (k = n + at; k > 0 && m->tree[k] != least; k /= 2) {
+    for (size_t k = n + at; k > 0 && m->tree[k] != least; k /= 2) {
         m->tree[k] = least;
         least = least < m->tree[k ^ 1] ? least : m->tree[k ^ 1]; /* tree[0] is all ones */
     }
@@ -881,7 +869,7 @@ static void put_id(Merger *m, uint32_t id) {
 
 /* Put out the ids of a word of n >= 1 bytes, in O(n log n) steps. */
 static void merge_word(const Tokenizer *t, Merger *m, const unsigned char *word, size_t n) {
-    uint32_t at, behind;
+    uint32_t at;
     memset(m->tree, 0xFF, 2 * n * sizeof *m->tree);
     for (at = 0; at < n; at++) {
         m->ids[at] = t->byte_ids[word[at]];
@@ -891,8 +879,8 @@ static void merge_word(const Tokenizer *t, Merger *m, const unsigned char *word,
             set_pair(t, m, n, at - 1);
     }
     while ((at = (uint32_t)m->tree[1]) != NO_TOKEN) {
+        const uint32_t behind = m->next[at];
         m->ids[at] = get_u32(t->merges + (size_t)(m->tree[1] >> 32) * MERGE_RECORD + 8);
-        behind = m->next[at];
         m->next[at] = m->next[behind];
         m->next[behind] = NO_TOKEN; /* it is joined: no pair begins there any more */
         if (m->next[at] != NO_TOKEN)
@@ -919,15 +907,11 @@ static patch_status fit(size_t n, size_t capacity, const char *unit, patch_error
 static patch_status tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int *ids,
                                      size_t capacity, size_t *n_ids, const patch_allocator *a,
                                      patch_error *e) {
-    Merger m = {NULL, NULL, NULL, NULL, ids, 0, capacity};
-    size_t longest = 0, from, bytes = SIZE_MAX;
-    Walk w = walk_begin(t, text, n);
-    int is_eot;
-
+    Merger m = {.out = ids, .capacity = capacity};
+    size_t longest = 0, bytes = SIZE_MAX;
     *n_ids = 0;
-    while (walk_next(t, &w, &from, &is_eot))
-        if (!is_eot && w.at - from > longest)
-            longest = w.at - from;
+    for (Walk w = walk_begin(text, n); walk_next(t, &w);)
+        longest = !w.is_eot && w.at - w.from > longest ? w.at - w.from : longest;
     if (longest < NO_TOKEN && size_times(longest, 2 * sizeof *m.tree + 3 * sizeof *m.ids, &bytes))
         m.tree = take(a, bytes, 1);
     if (m.tree == NULL)
@@ -935,11 +919,11 @@ static patch_status tokenizer_encode(const Tokenizer *t, const char *text, size_
     m.ids = (uint32_t *)(void *)(m.tree + 2 * longest); /* the widest come first: all aligned */
     m.previous = m.ids + longest;
     m.next = m.previous + longest;
-    for (w = walk_begin(t, text, n); walk_next(t, &w, &from, &is_eot);)
-        if (is_eot)
+    for (Walk w = walk_begin(text, n); walk_next(t, &w);)
+        if (w.is_eot)
             put_id(&m, t->eot);
         else
-            merge_word(t, &m, w.text + from, w.at - from);
+            merge_word(t, &m, w.text + w.from, w.at - w.from);
     give(a, m.tree);
     *n_ids = m.n_out;
     return fit(m.n_out, capacity, "ids", e);
@@ -9703,195 +9687,61 @@ int main(int argc, char **argv) {
 
 /* ==== A. Generated Unicode tables ================================================================
    Written by tests/make_unicode.py, which asked tokenizers 0.22.2 about every code point.
-   An entry is class << 24 | first code point of a run of that class, which lasts up to the next
-   entry: 0x1000041 reads "letters (class 1) from U+0041". The last run is `other`, so that whatever
-   lies above Unicode, UTF8_INVALID included, is `other` too.
+   From U+0000 on, runs of code points of one class: the length in hexadecimal, none for 1, then the
+   class, L letter, N number, S white space or . for others; "9.5S" reads U+0000 to U+0008 others,
+   U+0009 to U+000D white space. Behind the last run all are others, so that what lies above Unicode,
+   UTF8_INVALID included, is so too. One literal, within the 4,095 bytes that C99 promises.
    Code points: 141028 letter, 1911 number, 25 white space. */
 
-static const uint32_t unicode_runs[1610] = {
-    0x0, 0x3000009, 0xE, 0x3000020, 0x21, 0x2000030, 0x3A, 0x1000041, 0x5B, 0x1000061, 0x7B,
-    0x3000085, 0x86, 0x30000A0, 0xA1, 0x10000AA, 0xAB, 0x20000B2, 0xB4, 0x10000B5, 0xB6, 0x20000B9,
-    0x10000BA, 0xBB, 0x20000BC, 0xBF, 0x10000C0, 0xD7, 0x10000D8, 0xF7, 0x10000F8, 0x2C2, 0x10002C6,
-    0x2D2, 0x10002E0, 0x2E5, 0x10002EC, 0x2ED, 0x10002EE, 0x2EF, 0x1000370, 0x375, 0x1000376, 0x378,
-    0x100037A, 0x37E, 0x100037F, 0x380, 0x1000386, 0x387, 0x1000388, 0x38B, 0x100038C, 0x38D,
-    0x100038E, 0x3A2, 0x10003A3, 0x3F6, 0x10003F7, 0x482, 0x100048A, 0x530, 0x1000531, 0x557,
-    0x1000559, 0x55A, 0x1000560, 0x589, 0x10005D0, 0x5EB, 0x10005EF, 0x5F3, 0x1000620, 0x64B,
-    0x2000660, 0x66A, 0x100066E, 0x670, 0x1000671, 0x6D4, 0x10006D5, 0x6D6, 0x10006E5, 0x6E7,
-    0x10006EE, 0x20006F0, 0x10006FA, 0x6FD, 0x10006FF, 0x700, 0x1000710, 0x711, 0x1000712, 0x730,
-    0x100074D, 0x7A6, 0x10007B1, 0x7B2, 0x20007C0, 0x10007CA, 0x7EB, 0x10007F4, 0x7F6, 0x10007FA,
-    0x7FB, 0x1000800, 0x816, 0x100081A, 0x81B, 0x1000824, 0x825, 0x1000828, 0x829, 0x1000840, 0x859,
-    0x1000860, 0x86B, 0x1000870, 0x888, 0x1000889, 0x88F, 0x10008A0, 0x8CA, 0x1000904, 0x93A,
-    0x100093D, 0x93E, 0x1000950, 0x951, 0x1000958, 0x962, 0x2000966, 0x970, 0x1000971, 0x981,
-    0x1000985, 0x98D, 0x100098F, 0x991, 0x1000993, 0x9A9, 0x10009AA, 0x9B1, 0x10009B2, 0x9B3,
-    0x10009B6, 0x9BA, 0x10009BD, 0x9BE, 0x10009CE, 0x9CF, 0x10009DC, 0x9DE, 0x10009DF, 0x9E2,
-    0x20009E6, 0x10009F0, 0x9F2, 0x20009F4, 0x9FA, 0x10009FC, 0x9FD, 0x1000A05, 0xA0B, 0x1000A0F,
-    0xA11, 0x1000A13, 0xA29, 0x1000A2A, 0xA31, 0x1000A32, 0xA34, 0x1000A35, 0xA37, 0x1000A38, 0xA3A,
-    0x1000A59, 0xA5D, 0x1000A5E, 0xA5F, 0x2000A66, 0xA70, 0x1000A72, 0xA75, 0x1000A85, 0xA8E,
-    0x1000A8F, 0xA92, 0x1000A93, 0xAA9, 0x1000AAA, 0xAB1, 0x1000AB2, 0xAB4, 0x1000AB5, 0xABA,
-    0x1000ABD, 0xABE, 0x1000AD0, 0xAD1, 0x1000AE0, 0xAE2, 0x2000AE6, 0xAF0, 0x1000AF9, 0xAFA,
-    0x1000B05, 0xB0D, 0x1000B0F, 0xB11, 0x1000B13, 0xB29, 0x1000B2A, 0xB31, 0x1000B32, 0xB34,
-    0x1000B35, 0xB3A, 0x1000B3D, 0xB3E, 0x1000B5C, 0xB5E, 0x1000B5F, 0xB62, 0x2000B66, 0xB70,
-    0x1000B71, 0x2000B72, 0xB78, 0x1000B83, 0xB84, 0x1000B85, 0xB8B, 0x1000B8E, 0xB91, 0x1000B92,
-    0xB96, 0x1000B99, 0xB9B, 0x1000B9C, 0xB9D, 0x1000B9E, 0xBA0, 0x1000BA3, 0xBA5, 0x1000BA8, 0xBAB,
-    0x1000BAE, 0xBBA, 0x1000BD0, 0xBD1, 0x2000BE6, 0xBF3, 0x1000C05, 0xC0D, 0x1000C0E, 0xC11,
-    0x1000C12, 0xC29, 0x1000C2A, 0xC3A, 0x1000C3D, 0xC3E, 0x1000C58, 0xC5B, 0x1000C5D, 0xC5E,
-    0x1000C60, 0xC62, 0x2000C66, 0xC70, 0x2000C78, 0xC7F, 0x1000C80, 0xC81, 0x1000C85, 0xC8D,
-    0x1000C8E, 0xC91, 0x1000C92, 0xCA9, 0x1000CAA, 0xCB4, 0x1000CB5, 0xCBA, 0x1000CBD, 0xCBE,
-    0x1000CDD, 0xCDF, 0x1000CE0, 0xCE2, 0x2000CE6, 0xCF0, 0x1000CF1, 0xCF3, 0x1000D04, 0xD0D,
-    0x1000D0E, 0xD11, 0x1000D12, 0xD3B, 0x1000D3D, 0xD3E, 0x1000D4E, 0xD4F, 0x1000D54, 0xD57,
-    0x2000D58, 0x1000D5F, 0xD62, 0x2000D66, 0xD79, 0x1000D7A, 0xD80, 0x1000D85, 0xD97, 0x1000D9A,
-    0xDB2, 0x1000DB3, 0xDBC, 0x1000DBD, 0xDBE, 0x1000DC0, 0xDC7, 0x2000DE6, 0xDF0, 0x1000E01, 0xE31,
-    0x1000E32, 0xE34, 0x1000E40, 0xE47, 0x2000E50, 0xE5A, 0x1000E81, 0xE83, 0x1000E84, 0xE85,
-    0x1000E86, 0xE8B, 0x1000E8C, 0xEA4, 0x1000EA5, 0xEA6, 0x1000EA7, 0xEB1, 0x1000EB2, 0xEB4,
-    0x1000EBD, 0xEBE, 0x1000EC0, 0xEC5, 0x1000EC6, 0xEC7, 0x2000ED0, 0xEDA, 0x1000EDC, 0xEE0,
-    0x1000F00, 0xF01, 0x2000F20, 0xF34, 0x1000F40, 0xF48, 0x1000F49, 0xF6D, 0x1000F88, 0xF8D,
-    0x1001000, 0x102B, 0x100103F, 0x2001040, 0x104A, 0x1001050, 0x1056, 0x100105A, 0x105E,
-    0x1001061, 0x1062, 0x1001065, 0x1067, 0x100106E, 0x1071, 0x1001075, 0x1082, 0x100108E, 0x108F,
-    0x2001090, 0x109A, 0x10010A0, 0x10C6, 0x10010C7, 0x10C8, 0x10010CD, 0x10CE, 0x10010D0, 0x10FB,
-    0x10010FC, 0x1249, 0x100124A, 0x124E, 0x1001250, 0x1257, 0x1001258, 0x1259, 0x100125A, 0x125E,
-    0x1001260, 0x1289, 0x100128A, 0x128E, 0x1001290, 0x12B1, 0x10012B2, 0x12B6, 0x10012B8, 0x12BF,
-    0x10012C0, 0x12C1, 0x10012C2, 0x12C6, 0x10012C8, 0x12D7, 0x10012D8, 0x1311, 0x1001312, 0x1316,
-    0x1001318, 0x135B, 0x2001369, 0x137D, 0x1001380, 0x1390, 0x10013A0, 0x13F6, 0x10013F8, 0x13FE,
-    0x1001401, 0x166D, 0x100166F, 0x3001680, 0x1001681, 0x169B, 0x10016A0, 0x16EB, 0x20016EE,
-    0x10016F1, 0x16F9, 0x1001700, 0x1712, 0x100171F, 0x1732, 0x1001740, 0x1752, 0x1001760, 0x176D,
-    0x100176E, 0x1771, 0x1001780, 0x17B4, 0x10017D7, 0x17D8, 0x10017DC, 0x17DD, 0x20017E0, 0x17EA,
-    0x20017F0, 0x17FA, 0x2001810, 0x181A, 0x1001820, 0x1879, 0x1001880, 0x1885, 0x1001887, 0x18A9,
-    0x10018AA, 0x18AB, 0x10018B0, 0x18F6, 0x1001900, 0x191F, 0x2001946, 0x1001950, 0x196E,
-    0x1001970, 0x1975, 0x1001980, 0x19AC, 0x10019B0, 0x19CA, 0x20019D0, 0x19DB, 0x1001A00, 0x1A17,
-    0x1001A20, 0x1A55, 0x2001A80, 0x1A8A, 0x2001A90, 0x1A9A, 0x1001AA7, 0x1AA8, 0x1001B05, 0x1B34,
-    0x1001B45, 0x1B4D, 0x2001B50, 0x1B5A, 0x1001B83, 0x1BA1, 0x1001BAE, 0x2001BB0, 0x1001BBA,
-    0x1BE6, 0x1001C00, 0x1C24, 0x2001C40, 0x1C4A, 0x1001C4D, 0x2001C50, 0x1001C5A, 0x1C7E,
-    0x1001C80, 0x1C8B, 0x1001C90, 0x1CBB, 0x1001CBD, 0x1CC0, 0x1001CE9, 0x1CED, 0x1001CEE, 0x1CF4,
-    0x1001CF5, 0x1CF7, 0x1001CFA, 0x1CFB, 0x1001D00, 0x1DC0, 0x1001E00, 0x1F16, 0x1001F18, 0x1F1E,
-    0x1001F20, 0x1F46, 0x1001F48, 0x1F4E, 0x1001F50, 0x1F58, 0x1001F59, 0x1F5A, 0x1001F5B, 0x1F5C,
-    0x1001F5D, 0x1F5E, 0x1001F5F, 0x1F7E, 0x1001F80, 0x1FB5, 0x1001FB6, 0x1FBD, 0x1001FBE, 0x1FBF,
-    0x1001FC2, 0x1FC5, 0x1001FC6, 0x1FCD, 0x1001FD0, 0x1FD4, 0x1001FD6, 0x1FDC, 0x1001FE0, 0x1FED,
-    0x1001FF2, 0x1FF5, 0x1001FF6, 0x1FFD, 0x3002000, 0x200B, 0x3002028, 0x202A, 0x300202F, 0x2030,
-    0x300205F, 0x2060, 0x2002070, 0x1002071, 0x2072, 0x2002074, 0x207A, 0x100207F, 0x2002080,
-    0x208A, 0x1002090, 0x209D, 0x1002102, 0x2103, 0x1002107, 0x2108, 0x100210A, 0x2114, 0x1002115,
-    0x2116, 0x1002119, 0x211E, 0x1002124, 0x2125, 0x1002126, 0x2127, 0x1002128, 0x2129, 0x100212A,
-    0x212E, 0x100212F, 0x213A, 0x100213C, 0x2140, 0x1002145, 0x214A, 0x100214E, 0x214F, 0x2002150,
-    0x1002183, 0x2002185, 0x218A, 0x2002460, 0x249C, 0x20024EA, 0x2500, 0x2002776, 0x2794,
-    0x1002C00, 0x2CE5, 0x1002CEB, 0x2CEF, 0x1002CF2, 0x2CF4, 0x2002CFD, 0x2CFE, 0x1002D00, 0x2D26,
-    0x1002D27, 0x2D28, 0x1002D2D, 0x2D2E, 0x1002D30, 0x2D68, 0x1002D6F, 0x2D70, 0x1002D80, 0x2D97,
-    0x1002DA0, 0x2DA7, 0x1002DA8, 0x2DAF, 0x1002DB0, 0x2DB7, 0x1002DB8, 0x2DBF, 0x1002DC0, 0x2DC7,
-    0x1002DC8, 0x2DCF, 0x1002DD0, 0x2DD7, 0x1002DD8, 0x2DDF, 0x1002E2F, 0x2E30, 0x3003000, 0x3001,
-    0x1003005, 0x2003007, 0x3008, 0x2003021, 0x302A, 0x1003031, 0x3036, 0x2003038, 0x100303B,
-    0x303D, 0x1003041, 0x3097, 0x100309D, 0x30A0, 0x10030A1, 0x30FB, 0x10030FC, 0x3100, 0x1003105,
-    0x3130, 0x1003131, 0x318F, 0x2003192, 0x3196, 0x10031A0, 0x31C0, 0x10031F0, 0x3200, 0x2003220,
-    0x322A, 0x2003248, 0x3250, 0x2003251, 0x3260, 0x2003280, 0x328A, 0x20032B1, 0x32C0, 0x1003400,
-    0x4DC0, 0x1004E00, 0xA48D, 0x100A4D0, 0xA4FE, 0x100A500, 0xA60D, 0x100A610, 0x200A620,
-    0x100A62A, 0xA62C, 0x100A640, 0xA66F, 0x100A67F, 0xA69E, 0x100A6A0, 0x200A6E6, 0xA6F0,
-    0x100A717, 0xA720, 0x100A722, 0xA789, 0x100A78B, 0xA7CE, 0x100A7D0, 0xA7D2, 0x100A7D3, 0xA7D4,
-    0x100A7D5, 0xA7DD, 0x100A7F2, 0xA802, 0x100A803, 0xA806, 0x100A807, 0xA80B, 0x100A80C, 0xA823,
-    0x200A830, 0xA836, 0x100A840, 0xA874, 0x100A882, 0xA8B4, 0x200A8D0, 0xA8DA, 0x100A8F2, 0xA8F8,
-    0x100A8FB, 0xA8FC, 0x100A8FD, 0xA8FF, 0x200A900, 0x100A90A, 0xA926, 0x100A930, 0xA947,
-    0x100A960, 0xA97D, 0x100A984, 0xA9B3, 0x100A9CF, 0x200A9D0, 0xA9DA, 0x100A9E0, 0xA9E5,
-    0x100A9E6, 0x200A9F0, 0x100A9FA, 0xA9FF, 0x100AA00, 0xAA29, 0x100AA40, 0xAA43, 0x100AA44,
-    0xAA4C, 0x200AA50, 0xAA5A, 0x100AA60, 0xAA77, 0x100AA7A, 0xAA7B, 0x100AA7E, 0xAAB0, 0x100AAB1,
-    0xAAB2, 0x100AAB5, 0xAAB7, 0x100AAB9, 0xAABE, 0x100AAC0, 0xAAC1, 0x100AAC2, 0xAAC3, 0x100AADB,
-    0xAADE, 0x100AAE0, 0xAAEB, 0x100AAF2, 0xAAF5, 0x100AB01, 0xAB07, 0x100AB09, 0xAB0F, 0x100AB11,
-    0xAB17, 0x100AB20, 0xAB27, 0x100AB28, 0xAB2F, 0x100AB30, 0xAB5B, 0x100AB5C, 0xAB6A, 0x100AB70,
-    0xABE3, 0x200ABF0, 0xABFA, 0x100AC00, 0xD7A4, 0x100D7B0, 0xD7C7, 0x100D7CB, 0xD7FC, 0x100F900,
-    0xFA6E, 0x100FA70, 0xFADA, 0x100FB00, 0xFB07, 0x100FB13, 0xFB18, 0x100FB1D, 0xFB1E, 0x100FB1F,
-    0xFB29, 0x100FB2A, 0xFB37, 0x100FB38, 0xFB3D, 0x100FB3E, 0xFB3F, 0x100FB40, 0xFB42, 0x100FB43,
-    0xFB45, 0x100FB46, 0xFBB2, 0x100FBD3, 0xFD3E, 0x100FD50, 0xFD90, 0x100FD92, 0xFDC8, 0x100FDF0,
-    0xFDFC, 0x100FE70, 0xFE75, 0x100FE76, 0xFEFD, 0x200FF10, 0xFF1A, 0x100FF21, 0xFF3B, 0x100FF41,
-    0xFF5B, 0x100FF66, 0xFFBF, 0x100FFC2, 0xFFC8, 0x100FFCA, 0xFFD0, 0x100FFD2, 0xFFD8, 0x100FFDA,
-    0xFFDD, 0x1010000, 0x1000C, 0x101000D, 0x10027, 0x1010028, 0x1003B, 0x101003C, 0x1003E,
-    0x101003F, 0x1004E, 0x1010050, 0x1005E, 0x1010080, 0x100FB, 0x2010107, 0x10134, 0x2010140,
-    0x10179, 0x201018A, 0x1018C, 0x1010280, 0x1029D, 0x10102A0, 0x102D1, 0x20102E1, 0x102FC,
-    0x1010300, 0x2010320, 0x10324, 0x101032D, 0x2010341, 0x1010342, 0x201034A, 0x1034B, 0x1010350,
-    0x10376, 0x1010380, 0x1039E, 0x10103A0, 0x103C4, 0x10103C8, 0x103D0, 0x20103D1, 0x103D6,
-    0x1010400, 0x1049E, 0x20104A0, 0x104AA, 0x10104B0, 0x104D4, 0x10104D8, 0x104FC, 0x1010500,
-    0x10528, 0x1010530, 0x10564, 0x1010570, 0x1057B, 0x101057C, 0x1058B, 0x101058C, 0x10593,
-    0x1010594, 0x10596, 0x1010597, 0x105A2, 0x10105A3, 0x105B2, 0x10105B3, 0x105BA, 0x10105BB,
-    0x105BD, 0x10105C0, 0x105F4, 0x1010600, 0x10737, 0x1010740, 0x10756, 0x1010760, 0x10768,
-    0x1010780, 0x10786, 0x1010787, 0x107B1, 0x10107B2, 0x107BB, 0x1010800, 0x10806, 0x1010808,
-    0x10809, 0x101080A, 0x10836, 0x1010837, 0x10839, 0x101083C, 0x1083D, 0x101083F, 0x10856,
-    0x2010858, 0x1010860, 0x10877, 0x2010879, 0x1010880, 0x1089F, 0x20108A7, 0x108B0, 0x10108E0,
-    0x108F3, 0x10108F4, 0x108F6, 0x20108FB, 0x1010900, 0x2010916, 0x1091C, 0x1010920, 0x1093A,
-    0x1010980, 0x109B8, 0x20109BC, 0x10109BE, 0x20109C0, 0x109D0, 0x20109D2, 0x1010A00, 0x10A01,
-    0x1010A10, 0x10A14, 0x1010A15, 0x10A18, 0x1010A19, 0x10A36, 0x2010A40, 0x10A49, 0x1010A60,
-    0x2010A7D, 0x10A7F, 0x1010A80, 0x2010A9D, 0x10AA0, 0x1010AC0, 0x10AC8, 0x1010AC9, 0x10AE5,
-    0x2010AEB, 0x10AF0, 0x1010B00, 0x10B36, 0x1010B40, 0x10B56, 0x2010B58, 0x1010B60, 0x10B73,
-    0x2010B78, 0x1010B80, 0x10B92, 0x2010BA9, 0x10BB0, 0x1010C00, 0x10C49, 0x1010C80, 0x10CB3,
-    0x1010CC0, 0x10CF3, 0x2010CFA, 0x1010D00, 0x10D24, 0x2010D30, 0x10D3A, 0x2010D40, 0x1010D4A,
-    0x10D66, 0x1010D6F, 0x10D86, 0x2010E60, 0x10E7F, 0x1010E80, 0x10EAA, 0x1010EB0, 0x10EB2,
-    0x1010EC2, 0x10EC5, 0x1010F00, 0x2010F1D, 0x1010F27, 0x10F28, 0x1010F30, 0x10F46, 0x2010F51,
-    0x10F55, 0x1010F70, 0x10F82, 0x1010FB0, 0x2010FC5, 0x10FCC, 0x1010FE0, 0x10FF7, 0x1011003,
-    0x11038, 0x2011052, 0x11070, 0x1011071, 0x11073, 0x1011075, 0x11076, 0x1011083, 0x110B0,
-    0x10110D0, 0x110E9, 0x20110F0, 0x110FA, 0x1011103, 0x11127, 0x2011136, 0x11140, 0x1011144,
-    0x11145, 0x1011147, 0x11148, 0x1011150, 0x11173, 0x1011176, 0x11177, 0x1011183, 0x111B3,
-    0x10111C1, 0x111C5, 0x20111D0, 0x10111DA, 0x111DB, 0x10111DC, 0x111DD, 0x20111E1, 0x111F5,
-    0x1011200, 0x11212, 0x1011213, 0x1122C, 0x101123F, 0x11241, 0x1011280, 0x11287, 0x1011288,
-    0x11289, 0x101128A, 0x1128E, 0x101128F, 0x1129E, 0x101129F, 0x112A9, 0x10112B0, 0x112DF,
-    0x20112F0, 0x112FA, 0x1011305, 0x1130D, 0x101130F, 0x11311, 0x1011313, 0x11329, 0x101132A,
-    0x11331, 0x1011332, 0x11334, 0x1011335, 0x1133A, 0x101133D, 0x1133E, 0x1011350, 0x11351,
-    0x101135D, 0x11362, 0x1011380, 0x1138A, 0x101138B, 0x1138C, 0x101138E, 0x1138F, 0x1011390,
-    0x113B6, 0x10113B7, 0x113B8, 0x10113D1, 0x113D2, 0x10113D3, 0x113D4, 0x1011400, 0x11435,
-    0x1011447, 0x1144B, 0x2011450, 0x1145A, 0x101145F, 0x11462, 0x1011480, 0x114B0, 0x10114C4,
-    0x114C6, 0x10114C7, 0x114C8, 0x20114D0, 0x114DA, 0x1011580, 0x115AF, 0x10115D8, 0x115DC,
-    0x1011600, 0x11630, 0x1011644, 0x11645, 0x2011650, 0x1165A, 0x1011680, 0x116AB, 0x10116B8,
-    0x116B9, 0x20116C0, 0x116CA, 0x20116D0, 0x116E4, 0x1011700, 0x1171B, 0x2011730, 0x1173C,
-    0x1011740, 0x11747, 0x1011800, 0x1182C, 0x10118A0, 0x20118E0, 0x118F3, 0x10118FF, 0x11907,
-    0x1011909, 0x1190A, 0x101190C, 0x11914, 0x1011915, 0x11917, 0x1011918, 0x11930, 0x101193F,
-    0x11940, 0x1011941, 0x11942, 0x2011950, 0x1195A, 0x10119A0, 0x119A8, 0x10119AA, 0x119D1,
-    0x10119E1, 0x119E2, 0x10119E3, 0x119E4, 0x1011A00, 0x11A01, 0x1011A0B, 0x11A33, 0x1011A3A,
-    0x11A3B, 0x1011A50, 0x11A51, 0x1011A5C, 0x11A8A, 0x1011A9D, 0x11A9E, 0x1011AB0, 0x11AF9,
-    0x1011BC0, 0x11BE1, 0x2011BF0, 0x11BFA, 0x1011C00, 0x11C09, 0x1011C0A, 0x11C2F, 0x1011C40,
-    0x11C41, 0x2011C50, 0x11C6D, 0x1011C72, 0x11C90, 0x1011D00, 0x11D07, 0x1011D08, 0x11D0A,
-    0x1011D0B, 0x11D31, 0x1011D46, 0x11D47, 0x2011D50, 0x11D5A, 0x1011D60, 0x11D66, 0x1011D67,
-    0x11D69, 0x1011D6A, 0x11D8A, 0x1011D98, 0x11D99, 0x2011DA0, 0x11DAA, 0x1011EE0, 0x11EF3,
-    0x1011F02, 0x11F03, 0x1011F04, 0x11F11, 0x1011F12, 0x11F34, 0x2011F50, 0x11F5A, 0x1011FB0,
-    0x11FB1, 0x2011FC0, 0x11FD5, 0x1012000, 0x1239A, 0x2012400, 0x1246F, 0x1012480, 0x12544,
-    0x1012F90, 0x12FF1, 0x1013000, 0x13430, 0x1013441, 0x13447, 0x1013460, 0x143FB, 0x1014400,
-    0x14647, 0x1016100, 0x1611E, 0x2016130, 0x1613A, 0x1016800, 0x16A39, 0x1016A40, 0x16A5F,
-    0x2016A60, 0x16A6A, 0x1016A70, 0x16ABF, 0x2016AC0, 0x16ACA, 0x1016AD0, 0x16AEE, 0x1016B00,
-    0x16B30, 0x1016B40, 0x16B44, 0x2016B50, 0x16B5A, 0x2016B5B, 0x16B62, 0x1016B63, 0x16B78,
-    0x1016B7D, 0x16B90, 0x1016D40, 0x16D6D, 0x2016D70, 0x16D7A, 0x1016E40, 0x2016E80, 0x16E97,
-    0x1016F00, 0x16F4B, 0x1016F50, 0x16F51, 0x1016F93, 0x16FA0, 0x1016FE0, 0x16FE2, 0x1016FE3,
-    0x16FE4, 0x1017000, 0x187F8, 0x1018800, 0x18CD6, 0x1018CFF, 0x18D09, 0x101AFF0, 0x1AFF4,
-    0x101AFF5, 0x1AFFC, 0x101AFFD, 0x1AFFF, 0x101B000, 0x1B123, 0x101B132, 0x1B133, 0x101B150,
-    0x1B153, 0x101B155, 0x1B156, 0x101B164, 0x1B168, 0x101B170, 0x1B2FC, 0x101BC00, 0x1BC6B,
-    0x101BC70, 0x1BC7D, 0x101BC80, 0x1BC89, 0x101BC90, 0x1BC9A, 0x201CCF0, 0x1CCFA, 0x201D2C0,
-    0x1D2D4, 0x201D2E0, 0x1D2F4, 0x201D360, 0x1D379, 0x101D400, 0x1D455, 0x101D456, 0x1D49D,
-    0x101D49E, 0x1D4A0, 0x101D4A2, 0x1D4A3, 0x101D4A5, 0x1D4A7, 0x101D4A9, 0x1D4AD, 0x101D4AE,
-    0x1D4BA, 0x101D4BB, 0x1D4BC, 0x101D4BD, 0x1D4C4, 0x101D4C5, 0x1D506, 0x101D507, 0x1D50B,
-    0x101D50D, 0x1D515, 0x101D516, 0x1D51D, 0x101D51E, 0x1D53A, 0x101D53B, 0x1D53F, 0x101D540,
-    0x1D545, 0x101D546, 0x1D547, 0x101D54A, 0x1D551, 0x101D552, 0x1D6A6, 0x101D6A8, 0x1D6C1,
-    0x101D6C2, 0x1D6DB, 0x101D6DC, 0x1D6FB, 0x101D6FC, 0x1D715, 0x101D716, 0x1D735, 0x101D736,
-    0x1D74F, 0x101D750, 0x1D76F, 0x101D770, 0x1D789, 0x101D78A, 0x1D7A9, 0x101D7AA, 0x1D7C3,
-    0x101D7C4, 0x1D7CC, 0x201D7CE, 0x1D800, 0x101DF00, 0x1DF1F, 0x101DF25, 0x1DF2B, 0x101E030,
-    0x1E06E, 0x101E100, 0x1E12D, 0x101E137, 0x1E13E, 0x201E140, 0x1E14A, 0x101E14E, 0x1E14F,
-    0x101E290, 0x1E2AE, 0x101E2C0, 0x1E2EC, 0x201E2F0, 0x1E2FA, 0x101E4D0, 0x1E4EC, 0x201E4F0,
-    0x1E4FA, 0x101E5D0, 0x1E5EE, 0x101E5F0, 0x201E5F1, 0x1E5FB, 0x101E7E0, 0x1E7E7, 0x101E7E8,
-    0x1E7EC, 0x101E7ED, 0x1E7EF, 0x101E7F0, 0x1E7FF, 0x101E800, 0x1E8C5, 0x201E8C7, 0x1E8D0,
-    0x101E900, 0x1E944, 0x101E94B, 0x1E94C, 0x201E950, 0x1E95A, 0x201EC71, 0x1ECAC, 0x201ECAD,
-    0x1ECB0, 0x201ECB1, 0x1ECB5, 0x201ED01, 0x1ED2E, 0x201ED2F, 0x1ED3E, 0x101EE00, 0x1EE04,
-    0x101EE05, 0x1EE20, 0x101EE21, 0x1EE23, 0x101EE24, 0x1EE25, 0x101EE27, 0x1EE28, 0x101EE29,
-    0x1EE33, 0x101EE34, 0x1EE38, 0x101EE39, 0x1EE3A, 0x101EE3B, 0x1EE3C, 0x101EE42, 0x1EE43,
-    0x101EE47, 0x1EE48, 0x101EE49, 0x1EE4A, 0x101EE4B, 0x1EE4C, 0x101EE4D, 0x1EE50, 0x101EE51,
-    0x1EE53, 0x101EE54, 0x1EE55, 0x101EE57, 0x1EE58, 0x101EE59, 0x1EE5A, 0x101EE5B, 0x1EE5C,
-    0x101EE5D, 0x1EE5E, 0x101EE5F, 0x1EE60, 0x101EE61, 0x1EE63, 0x101EE64, 0x1EE65, 0x101EE67,
-    0x1EE6B, 0x101EE6C, 0x1EE73, 0x101EE74, 0x1EE78, 0x101EE79, 0x1EE7D, 0x101EE7E, 0x1EE7F,
-    0x101EE80, 0x1EE8A, 0x101EE8B, 0x1EE9C, 0x101EEA1, 0x1EEA4, 0x101EEA5, 0x1EEAA, 0x101EEAB,
-    0x1EEBC, 0x201F100, 0x1F10D, 0x201FBF0, 0x1FBFA, 0x1020000, 0x2A6E0, 0x102A700, 0x2B73A,
-    0x102B740, 0x2B81E, 0x102B820, 0x2CEA2, 0x102CEB0, 0x2EBE1, 0x102EBF0, 0x2EE5E, 0x102F800,
-    0x2FA1E, 0x1030000, 0x3134B, 0x1031350, 0x323B0,
-};
+static const char unicode_runs[] =
+    "9.5S12.Sf.aN7.1aL6.1aLa.S1a.S9.L7.2N.L3.NL.3N.17L.1fL.1caL4.cLe.5L7.L.L81.5L.2L2.4L.L6.L.3L.L."
+    "14L.53L.8bL8.a6L.26L2.L6.29L47.1bL4.4L2d.2bL15.aN4.2L.63L.Lf.2L7.2LaN3L2.L10.L.1eL1d.59Lb.Le.a"
+    "N21L9.2L4.L5.16L4.L9.L3.L17.19L7.bL5.18L.6L11.2aL3a.36L3.L12.L7.aL4.aN.10L4.8L2.2L2.16L.7L.L3."
+    "4L3.L10.Ld.2L.3L4.aN2L2.6N2.L8.6L4.2L2.16L.7L.2L.2L.2L1f.4L.L7.aN2.3L10.9L.3L.16L.7L.2L.5L3.L1"
+    "2.Lf.2L4.aN9.Lb.8L2.2L2.16L.7L.2L.5L3.L1e.2L.3L4.aN.L6Nb.L.6L3.3L.4L3.2L.L.2L3.2L3.3L3.cL16.L1"
+    "5.dN12.8L.3L.17L.10L3.L1a.3L2.L2.2L4.aN8.7N.L4.8L.3L.17L.aL.5L3.L1f.2L.2L4.aN.2L11.9L.3L.29L2."
+    "L10.L5.3L.7N3L4.13N.6L5.12L3.18L.9L.L2.7L1f.aN11.30L.2Lc.7L9.aN27.2L.L.5L.18L.L.aL.2L9.L2.5L.L"
+    "9.aN2.4L20.L1f.14Nc.8L.24L1b.5L73.2bL14.LaN6.6L4.4L3.L3.2L7.3L4.dLc.L.aN6.26L.L5.L2.2bL.14dL.4"
+    "L2.7L.L.4L2.29L.4L2.21L.4L2.7L.L.4L2.fL.39L.4L2.43Le.14N3.10L10.56L2.6L3.26cL2.11LS1aL5.4bL3.3"
+    "N8L7.12Ld.13Le.12Le.dL.3Lf.34L23.L4.L3.aN6.aN16.aN6.59L7.5L2.22L.L5.46La.1fL27.aN1eL2.5Lb.2cL4"
+    ".1aL6.bN25.17L9.35L2b.aN6.aNd.L5d.2fL11.8L3.aN29.1eLd.2LaN2cL1a.24L1c.aN3.3LaN24L2.bL5.2bL2.3L"
+    "29.4L.6L.2L3.L5.c0L40.116L2.6L2.26L2.6L2.8L.L.L.L.1fL2.35L.7L.L3.3L.7L3.4L2.6L4.dL5.3L.7L3.bS1"
+    "d.2S5.S2f.S10.NL2.6N5.LaN6.dL65.L4.L2.aL.L3.5L6.L.L.L.4L.bL2.4L5.5L4.L.33N2L5N2d6.3cN4e.16N276"
+    ".1eN46c.e5L6.4L3.2L9.N2.26L.L5.L2.38L7.L10.17L9.7L.7L.7L.7L.7L.7L.7L.7L50.L1d0.S4.2LN19.9N7.5L"
+    "2.3N2L4.56L6.3L.5aL.4L5.2bL.5eL3.4Na.20L30.10L20.aN1e.8N.fN20.aN27.fN140.19c0L40.568dL43.2eL2."
+    "10dL3.10LaN2L14.2fL10.1fL2.46LaN27.9L2.67L2.43L2.2L.L.8L15.10L.3L.4L.17Ld.6Na.34Le.32L1c.aN18."
+    "6L3.L.2L.aN1cLa.17L19.1dL7.2fL1c.LaN6.5L.aLaN5L.29L17.3L.8L4.aN6.17L3.L3.32L.L3.2L2.5L2.L.L18."
+    "3L2.bL7.3Lc.6L2.6L2.6L9.7L.7L.2bL.eL6.73Ld.aN6.2ba4Lc.17L4.31L2104.16eL2.6aL26.7Lc.5L5.L.aL.dL"
+    ".5L.L.2L.2L.6cL21.16bL12.40L2.36L28.cL74.5L.87L13.aN7.1aL6.1aLb.59L3.6L2.6L2.6L2.3L23.cL.1aL.1"
+    "3L.2L.fL2.eL22.7bLc.2dNc.39N11.2Nf4.1dL3.31L10.1bN4.20L4N9.14LN8LN5.26La.1eL2.24L4.8L.5N2a.9eL"
+    "2.aN6.24L4.24L4.28L8.34Lc.bL.fL.7L.2L.bL.fL.7L.2L3.34Lc.137L9.16La.8L18.6L.2aL.9L45.6L2.L.2cL."
+    "2L3.L2.17L2.8N17L2.7N1fL8.9N30.13L.2L5.5N16L6N4.1aL46.38L4.2N2L10N2.2eNLf.4L.3L.1dLa.9N17.1dL2"
+    "N.1dL3N20.8L.1cL6.5N10.36La.16L2.8N13L5.8N12L17.7N50.49L37.33Ld.33L7.6N24Lc.aN6.aN1cL9.17Lda.1"
+    "fN.2aL6.2L10.3L3b.1dLaNL8.16Lb.4N1b.12L2e.15L7N14.17Lc.35L1a.1eN.2L2.Ld.2dL20.19L7.aN9.24Lf.aN"
+    "4.L2.L8.23L3.Lc.30Le.4Lb.aNL.L4.14Nb.12L.19L13.2L3f.7L.L.4L.fL.aL7.2fL11.aNb.8L2.2L2.16L.7L.2L"
+    ".5L3.L12.Lc.5L1e.aL.L2.L.26L.L19.L.L2c.35L12.4L5.aN5.3L1e.30L14.2L.L8.aNa6.2fL29.4L24.30L14.Lb"
+    ".aN26.2bLd.L7.aN6.14N1c.1bL15.cN4.7Lb9.2cL74.40L13Nc.8L2.L2.8L.2L.18Lf.L.Le.aN46.8L2.27L10.L.L"
+    "1c.La.28L7.L15.Lb.2eL13.L12.49Lc7.21Lf.aN6.9L.25L11.Lf.1dN5.1eL70.7L.2L.26L15.L9.aN6.6L.2L.20L"
+    "e.L7.aN136.13Lf.L.dL.22L1c.aN56.Lf.15N2b.39aL66.6fN11.c4La4c.61Lf.430L11.6L19.f9bL5.247L1ab9.1"
+    "eL12.aN6c6.239L7.1fL.aN6.4fL.aN6.1eL12.30L10.4Lc.aN.7N.15L5.13L1b0.2dL3.aNc6.40L17N69.4bL5.L42"
+    ".dL40.2L.L1c.17f8L8.4d6L29.aL22e7.4L.7L.2L.123Lf.L1d.3L2.Le.4L8.18cL904.6bL5.dL3.9L7.aL1056.aN"
+    "5c6.14Nc.14N6c.19N87.55L.47L.2L2.L2.2L2.4L.cL.L.7L.41L.4L2.8L.7L.1cL.4L.5L.L3.7L.154L2.19L.19L"
+    ".1fL.19L.1fL.19L.1fL.19L.1fL.19L.8L2.32N700.1fL6.6L105.3eL92.2dLa.7L2.aN4.L141.1eL12.2cL4.aN1d"
+    "6.1cL4.aNd6.1eL2.LaN1e5.7L.4L.2L.fL.c5L2.9N30.44L7.L4.aN317.3bN.3N.4N4c.2dN.fNc2.4L.1bL.2L.L2."
+    "L.aL.4L.L.L6.L4.L.L.L.3L.2L.L2.L.L.L.L.L.2L.L2.4L.7L.4L.4L.L.aL.11L5.3L.5L.11L244.dNae3.aN406."
+    "a6e0L20.103aL6.deL2.1682Le.1d31Lf.26eL9a2.21eL5e2.134bL5.1060L";
 
-/* The class of a code point, of any value. A binary search: run `low` begins at or before the code
-   point, run `high` after it. */
-static int unicode_class(uint32_t code) {
-    size_t low = 0, high = sizeof unicode_runs / sizeof unicode_runs[0];
-    while (high - low > 1) {
-        const size_t middle = low + (high - low) / 2;
-        if ((unicode_runs[middle] & 0xFFFFFF) <= code)
-            low = middle;
-        else
-            high = middle;
+/* See chapter 4. */
+static void unicode_decode(uint32_t runs[UNICODE_RUNS]) {
+    static const char marks[] = ".LNS"; /* in CLASS_OTHER's order */
+    const char *p = unicode_runs;
+    uint32_t first = 0;
+    for (size_t i = 0; i < UNICODE_RUNS - 1; i++) {
+        char *mark;
+        const uint32_t length = (uint32_t)strtoul(p, &mark, 16);
+        runs[i] = (uint32_t)(strchr(marks, *mark) - marks) << 24 | first;
+        first += mark == p ? 1 : length;
+        p = mark + 1;
     }
-    return (int)(unicode_runs[low] >> 24);
+    runs[UNICODE_RUNS - 1] = first;
 }
-
