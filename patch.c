@@ -988,11 +988,14 @@ typedef struct Kernels {
 /* Do `statement` for each element i + j = 0 .. n-1, j its lane: 16 at a time, then the rest. At -O2
    gcc vectorises a loop only where the length is known and leaves no rest. */
 #define IN_LANES(n, statement)                                                                     \
-    for (i = 0; i + LANES <= (n); i += LANES)                                                      \
-        for (j = 0; j < LANES; j++)                                                                \
+    {                                                                                              \
+        size_t i = 0;                                                                              \
+        for (; i + LANES <= (n); i += LANES)                                                       \
+            for (size_t j = 0; j < LANES; j++)                                                     \
+                statement                                                                          \
+        for (size_t j = 0; i + j < (n); j++)                                                       \
             statement                                                                              \
-    for (j = 0; i + j < (n); j++)                                                                  \
-        statement
+    }
 
 typedef union Bits { /* a float and what it is made of */
     float f;
@@ -1012,21 +1015,19 @@ ALWAYS_INLINE uint32_t clamp_bits(uint32_t u, uint32_t from, uint32_t to) {
    6. No branch, so that the compiler turns 16 of them into vectors. */
 ALWAYS_INLINE float exp_float(float input) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it leaves an integer in the low bits */
-    Bits x = {input}, t, half, rest;
-    float r, p;
-    int32_t n;
-
+    Bits x = {input};
     x.u = clamp_bits(x.u, 0x42B20000u, 0x7F800000u); /* 89 .. infinity become 89 */
     x.u = clamp_bits(x.u, 0xC2D00000u, 0xFF800000u); /* -104 .. -infinity become -104 */
-    t.f = x.f * 1.44269504f + magic;
-    n = (int32_t)t.u - 0x4B400000; /* less the bits of magic itself */
-    r = x.f - (t.f - magic) * 0.693359375f - (t.f - magic) * -2.12194440e-4f;
-    p = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f;
+    const Bits t = {x.f * 1.44269504f + magic};
+    const int32_t n = (int32_t)t.u - 0x4B400000; /* less the bits of magic itself */
+    const float r = x.f - (t.f - magic) * 0.693359375f - (t.f - magic) * -2.12194440e-4f;
+    float p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = (p * r + 8.3334519073e-3f) * r + 4.1665795894e-2f;
     p = (p * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    half.u = (uint32_t)((n >> 1) + 127) << 23;     /* 2^n in two factors, so that results */
-    rest.u = (uint32_t)(n - (n >> 1) + 127) << 23; /* below 2^-126 come out denormal */
-    return p * half.f * rest.f;
+    const Bits half = {.u = (uint32_t)((n >> 1) + 127) << 23};     /* 2^n in two factors, so that */
+    const Bits rest = {.u = (uint32_t)(n - (n >> 1) + 127) << 23}; /* results below 2^-126 come */
+    return p * half.f * rest.f;                                    /* out denormal */
 }
 
 /* gelu_new(x) = x (1 + tanh u) / 2 = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3): one exp
@@ -1038,33 +1039,30 @@ ALWAYS_INLINE float gelu_new(float x) {
 
 /* x [n] = act_fn(x): the head's field of that name in chapter 3. */
 ALWAYS_INLINE void activate_body(uint32_t act_fn, float *x, size_t n) {
-    size_t i, j;
     if (act_fn == 0) {
         IN_LANES(n, x[i + j] = gelu_new(x[i + j]);)
     } else if (act_fn == 1) { /* the exact GELU, with libm's erf in double */
-        for (i = 0; i < n; i++)
+        for (size_t i = 0; i < n; i++)
             x[i] = (float)(0.5 * (double)x[i] * (1.0 + erf((double)x[i] * 0.70710678118654752440)));
     } else {
-        for (i = 0; i < n; i++)
+        for (size_t i = 0; i < n; i++)
             x[i] = x[i] > 0.0f ? x[i] : x[i] * 0.0f; /* NaN stays NaN */
     }
 }
 
 /* x[i] = e^(x[i] - subtract) */
 ALWAYS_INLINE void exponentials_body(float *x, size_t n, float subtract) {
-    size_t i, j;
     IN_LANES(n, x[i + j] = exp_float(x[i + j] - subtract);)
 }
 
 /* Sum of (x - mean)^power, power 1 or 2, in double and 16 lanes, which are then added as a tree. */
 ALWAYS_INLINE double sum_power(const float *x, size_t n, double mean, int power) {
     double lane[LANES] = {0};
-    size_t i, j;
     IN_LANES(n, {
         const double d = (double)x[i + j] - mean;
         lane[j] += power == 1 ? d : d * d;
     })
-    for (j = 0; j < 8; j++)
+    for (size_t j = 0; j < 8; j++)
         lane[j] += lane[j + 8];
     return ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
            ((lane[1] + lane[5]) + (lane[3] + lane[7]));
@@ -1083,49 +1081,44 @@ ALWAYS_INLINE void norm_scale_body(const float *x, size_t n, double eps, float *
 ALWAYS_INLINE void normalize_body(const float *x, size_t n, float scale, const float *w,
                                   const float *b, float *y) {
     const double mean = mean_body(x, n), inverse = 1.0 / (double)scale;
-    size_t i, j;
     IN_LANES(n, y[i + j] = (float)(((double)x[i + j] - mean) * inverse);)
-    for (i = 0; w != NULL && i < n; i++)
+    for (size_t i = 0; w != NULL && i < n; i++)
         y[i] = y[i] * w[i] + b[i];
 }
 
 /* out [n] = q . k[t] / divisor, for one head: d elements from element `at` of each key. */
 ALWAYS_INLINE void scores_body(const float *q, const float *const *k, size_t at, size_t n, size_t d,
                                float divisor, float *out) {
-    size_t t, i, j;
-    for (t = 0; t < n; t++) {
+    for (size_t t = 0; t < n; t++) {
         const float *key = k[t] + at;
         float lane[LANES] = {0}; /* sums of every 16th product, then added as a tree */
         IN_LANES(d, lane[j] += q[i + j] * key[i + j];)
-        for (i = LANES / 2; i > 0; i /= 2)
-            for (j = 0; j < i; j++)
-                lane[j] += lane[j + i];
+        for (size_t half = LANES / 2; half > 0; half /= 2)
+            for (size_t j = 0; j < half; j++)
+                lane[j] += lane[j + half];
         out[t] = lane[0] / divisor;
     }
 }
 
 /* y [n] += c x [n]. A function, since gcc believes `restrict` of parameters only. */
 ALWAYS_INLINE void add_times(float *restrict y, float c, const float *restrict x, size_t n) {
-    size_t i, j;
     IN_LANES(n, y[i + j] += c * x[i + j];)
 }
 
 /* z [d] = sum over n sources of pattern[t] v[t], for one head: d elements from element `at`. */
 ALWAYS_INLINE void mix_body(const float *pattern, const float *const *v, size_t at, size_t n,
                             size_t d, float *z) {
-    size_t t;
     memset(z, 0, d * sizeof *z);
-    for (t = 0; t < n; t++)
+    for (size_t t = 0; t < n; t++)
         add_times(z, pattern[t], v[t] + at, d);
 }
 
 /* out [16] = row i of a panel's columns, zeros where there are none. */
 ALWAYS_INLINE void panel_row(const PanelSource *s, size_t i, float *out) {
     const size_t at = i * s->stride + s->column;
-    size_t j;
     memset(out, 0, PANEL * sizeof *out);
     if (s->transposed) /* an element from each of 16 rows */
-        for (j = 0; j < s->columns; j++)
+        for (size_t j = 0; j < s->columns; j++)
             load_floats(s->type, s->bytes, (s->column + j) * s->stride + i, 1, &out[j]);
     else if (s->dense != NULL)
         memcpy(out, s->dense + at, s->columns * sizeof *out);
@@ -1139,50 +1132,45 @@ ALWAYS_INLINE void panel_row(const PanelSource *s, size_t i, float *out) {
    taken in double, so that folding costs less accuracy than TransformerLens's in float32. */
 ALWAYS_INLINE void pack_body(const PanelSource *s, float *panel, double *bias) {
     double mean[PANEL] = {0}, sum[PANEL] = {0}; /* of the columns; and shift . W */
-    float minus[PANEL];
-    size_t i, j;
-    for (i = 0; i < s->k; i++)
+    for (size_t i = 0; i < s->k; i++)
         panel_row(s, i, panel + i * PANEL);
-    for (i = 0; (s->shift != NULL || s->scale != NULL) && i < s->k; i++) {
+    for (size_t i = 0; (s->shift != NULL || s->scale != NULL) && i < s->k; i++) {
         const double center = s->center ? s->center[i] : 0.0, shift = s->shift ? s->shift[i] : 0.0;
         const double scale = s->scale ? (double)s->scale[i] : 0.0; /* 0: the columns' means stay */
-        for (j = 0; j < PANEL; j++) {
+        for (size_t j = 0; j < PANEL; j++) {
             const double w = (double)panel[i * PANEL + j] - center;
             sum[j] += shift * w; /* the unscaled W: a LayerNorm's bias is added after its weight */
             mean[j] += scale * w;
         }
     }
-    for (j = 0; j < PANEL; j++) {
+    for (size_t j = 0; j < PANEL; j++)
         bias[j] += sum[j];
-        mean[j] /= (double)s->k;
-    }
     if (s->center == NULL && s->scale == NULL && s->center_after == NULL)
         return; /* the panel is already what was stored */
-    for (j = 0; j < PANEL; j++)
-        minus[j] = (float)mean[j];
-    for (i = 0; i < s->k; i++) {
+    float minus[PANEL];
+    for (size_t j = 0; j < PANEL; j++)
+        minus[j] = (float)(mean[j] / (double)s->k);
+    for (size_t i = 0; i < s->k; i++) {
         float *row = panel + i * PANEL;
         const float center = s->center ? (float)s->center[i] : 0.0f;
         const float scale = s->scale ? s->scale[i] : 1.0f;
         const float after = s->center_after ? (float)s->center_after[i] : 0.0f;
-
-        for (j = 0; j < PANEL; j++)
+        for (size_t j = 0; j < PANEL; j++)
             row[j] = (row[j] - center) * scale - (minus[j] + after);
-        for (j = s->columns; j < PANEL; j++)
+        for (size_t j = s->columns; j < PANEL; j++)
             row[j] = 0; /* again: the lines above made it -center and the like */
     }
 }
 
 /* The algorithmic reference of every tile kernel: rows * cols sums, each for itself. */
 ALWAYS_INLINE void plain_body(TILE_PARAMETERS, size_t rows, size_t cols) {
-    size_t i, j, from, kk;
-    for (i = 0; i < rows; i++)
-        for (j = 0; j < cols; j++) {
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < cols; j++) {
             const float *column = b + j / PANEL * panel + j % PANEL; /* [k], 16 floats apart */
             float total = 0;
-            for (from = 0; from < k; from += K_BLOCK) {
+            for (size_t from = 0; from < k; from += K_BLOCK) {
                 float sum = 0; /* of one block */
-                for (kk = from; kk < k && kk < from + K_BLOCK; kk++)
+                for (size_t kk = from; kk < k && kk < from + K_BLOCK; kk++)
                     sum += a[i][kk] * column[kk * PANEL];
                 total += sum;
             }
@@ -1198,27 +1186,24 @@ ALWAYS_INLINE void plain_body(TILE_PARAMETERS, size_t rows, size_t cols) {
     target static void name(TILE_PARAMETERS) {                                                     \
         enum { LANE = sizeof(Vec) / sizeof(float) }; /* floats of a vector */                      \
         Vec total[ROWS][VECTORS] = {{{0}}};          /* of all blocks */                           \
-        size_t from, kk;                                                                           \
-        int i, j;                                                                                  \
-                                                                                                   \
-        for (from = 0; from < k; from += K_BLOCK) {                                                \
+        for (size_t from = 0; from < k; from += K_BLOCK) {                                         \
             const size_t end = k - from < K_BLOCK ? k : from + K_BLOCK;                            \
             Vec sum[ROWS][VECTORS] = {{{0}}}; /* of this block */                                  \
-            for (kk = from; kk < end; kk++) {                                                      \
+            for (size_t kk = from; kk < end; kk++) {                                               \
                 Vec row[VECTORS]; /* of b, over one or more panels */                              \
-                UNROLL for (j = 0; j < VECTORS; j++)                                               \
+                UNROLL for (int j = 0; j < VECTORS; j++)                                           \
                     row[j] = *(const Vec *)(b + (size_t)(j * LANE / PANEL) * panel +               \
                                             kk * PANEL + j * LANE % PANEL);                        \
-                UNROLL for (i = 0; i < ROWS; i++)                                                  \
-                    UNROLL for (j = 0; j < VECTORS; j++)                                           \
+                UNROLL for (int i = 0; i < ROWS; i++)                                              \
+                    UNROLL for (int j = 0; j < VECTORS; j++)                                       \
                         sum[i][j] += a[i][kk] * row[j];                                            \
             }                                                                                      \
-            UNROLL for (i = 0; i < ROWS; i++)                                                      \
-                UNROLL for (j = 0; j < VECTORS; j++)                                               \
+            UNROLL for (int i = 0; i < ROWS; i++)                                                  \
+                UNROLL for (int j = 0; j < VECTORS; j++)                                           \
                     total[i][j] += sum[i][j];                                                      \
         }                                                                                          \
-        for (i = 0; i < ROWS; i++)                                                                 \
-            for (j = 0; j < VECTORS; j++)                                                          \
+        for (int i = 0; i < ROWS; i++)                                                             \
+            for (int j = 0; j < VECTORS; j++)                                                      \
                 *(Vec *)(y + (size_t)i * ldy + j * LANE) =                                         \
                     total[i][j] + *(const Vec *)(bias + j * LANE);                                 \
     }
