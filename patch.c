@@ -1331,12 +1331,12 @@ typedef struct Work {
 static patch_status work_begin(Work *w, const Model *m, Pool *pool, patch_stats *stats,
                                patch_error *e) {
     const size_t chunk = m->file.V < VOCAB_CHUNK ? m->file.V : VOCAB_CHUNK;
-    *w = (Work){.m = m, .pool = pool, .stats = stats};
-    w->panels = pool_take(pool, (size_t)m->threads * m->max_k * STEP, sizeof(float));
-    w->scale = pool_take(pool, 2 * m->max_k, sizeof(float));
-    w->shift = pool_take(pool, m->max_k, sizeof(double));
-    w->center = pool_take(pool, m->max_k, sizeof(double));
-    w->bias = pool_take(pool, m->max_k > chunk ? m->max_k : chunk, sizeof(double));
+    *w = (Work){.m = m, .pool = pool, .stats = stats,
+                .panels = pool_take(pool, (size_t)m->threads * m->max_k * STEP, sizeof(float)),
+                .scale = pool_take(pool, 2 * m->max_k, sizeof(float)),
+                .shift = pool_take(pool, m->max_k, sizeof(double)),
+                .center = pool_take(pool, m->max_k, sizeof(double)),
+                .bias = pool_take(pool, m->max_k > chunk ? m->max_k : chunk, sizeof(double))};
     return w->panels && w->scale && w->shift && w->center && w->bias
                ? PATCH_OK : no_memory(e, "scratch", pool->refused);
 }
@@ -1358,19 +1358,17 @@ static Linear layer_linear(const Model *m, size_t layer, int which) {
     const ModelFile *f = &m->file;
     const size_t C = f->C, at = (size_t)which * C; /* where Q, K, V, O begin, side by side */
     const int reads_norm = which != LINEAR_O && which != LINEAR_OUT; /* else it writes the stream */
-    const int processed = (f->processing & DID_FOLD) != 0;
-    Linear l = {.k = which == LINEAR_OUT ? f->M : C, .n = which == LINEAR_IN ? f->M : C};
-
-    l.rows = l.k;
+    const size_t k = which == LINEAR_OUT ? f->M : C;
+    Linear l = {.k = k, .rows = k, .n = which == LINEAR_IN ? f->M : C};
     if (m->factored != NULL && which <= LINEAR_O) {
         const float *p = m->factored + layer * 4 * (C * C + C);
         l.dense = p + at * C;
         l.dense_bias = p + 4 * C * C + at;
         return l;
     }
-    l.matrix = layer_tensor(f, layer, processed ? folded[which] : raw[which]);
+    l.matrix = layer_tensor(f, layer, f->processing ? folded[which] : raw[which]);
     l.bias = l.matrix + 1; /* in the file's order */
-    if (processed) /* nothing is left to do */
+    if (f->processing) /* nothing is left to do */
         return l;
     l.column = which <= LINEAR_V ? at : 0; /* of c_attn */
     if (reads_norm && (m->steps & DID_FOLD_LN)) {
@@ -1385,10 +1383,9 @@ static Linear layer_linear(const Model *m, size_t layer, int which) {
 
 /* out [n] += a stored vector from `column` on, by way of the panels' place; 0: it is unreadable. */
 static int add_vector(const Work *w, const Tensor *t, size_t column, size_t n, double *out) {
-    size_t i;
     if (!weights_row(&w->m->file, t, 0, w->panels, w->pool->a))
         return 0;
-    for (i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++)
         out[i] += (double)w->panels[column + i];
     return 1;
 }
@@ -1398,13 +1395,11 @@ static int add_vector(const Work *w, const Tensor *t, size_t column, size_t n, d
 static int linear_begin(const Work *w, const Linear *l, const unsigned char *bytes,
                         PanelSource *s) {
     double mean = 0; /* of the bias */
-    size_t i;
-
     *s = (PanelSource){.bytes = bytes, .dense = l->dense ? l->dense + l->first_row * l->n : NULL,
                        .type = l->matrix ? l->matrix->type : TYPE_F32, .k = l->k,
                        .stride = l->matrix ? l->matrix->cols : l->n, .transposed = l->transposed,
                        .shift = l->shift, .center_after = l->center_after};
-    for (i = 0; i < l->n; i++)
+    for (size_t i = 0; i < l->n; i++)
         w->bias[i] = l->dense_bias ? (double)l->dense_bias[i] : 0;
     if (l->bias != NULL && !add_vector(w, l->bias, l->column, l->n, w->bias))
         return 0;
@@ -1424,11 +1419,11 @@ static int linear_begin(const Work *w, const Linear *l, const unsigned char *byt
             w->center[k] = w->m->kernels->mean(row, l->n);
         }
         s->center = w->center;
-        for (i = 0; i < l->n; i++)
+        for (size_t i = 0; i < l->n; i++)
             mean += w->bias[i];
         mean /= (double)l->n;
     }
-    for (i = 0; i < l->n; i++) /* of the two centerings, at most one is wanted */
+    for (size_t i = 0; i < l->n; i++) /* of the two centerings, at most one is wanted */
         w->bias[i] -= mean + l->bias_after;
     return 1;
 }
@@ -1437,19 +1432,17 @@ static int linear_begin(const Work *w, const Linear *l, const unsigned char *byt
 static void linear_panel(const Work *w, const Linear *l, const PanelSource *s, size_t panel,
                          float *out) {
     const size_t first = panel * PANEL;
-    PanelSource mine = *s;
     double bias[PANEL] = {0};
-    size_t j;
-
-    mine.column = l->column + first;
-    mine.columns = l->n - first < PANEL ? l->n - first : PANEL;
     if (first >= l->n)
         memset(out, 0, l->k * PANEL * sizeof *out);
     else if (s->type == TYPE_PANELS) /* a processed file's, as it stands */
         load_floats(TYPE_F32, s->bytes, first * l->rows + l->first_row * PANEL, l->k * PANEL, out);
     else {
+        PanelSource mine = *s;
+        mine.column = l->column + first;
+        mine.columns = l->n - first < PANEL ? l->n - first : PANEL;
         w->m->kernels->pack(&mine, out, bias);
-        for (j = 0; j < mine.columns; j++)
+        for (size_t j = 0; j < mine.columns; j++)
             w->bias[first + j] += bias[j];
     }
 }
@@ -1469,23 +1462,21 @@ static void linear_columns(const Work *w, const Linear *l, const Rows *r, size_t
     const size_t high = w->m->kernels->rows, wide = w->m->kernels->cols; /* of a tile */
     float bias[STEP] = {0}, tile[MAX_TILE_ROWS * STEP];                  /* tile [high,wide] */
     const float *a[MAX_TILE_ROWS];                                       /* [high] rows of x */
-    size_t sub, top, i, j;
-
-    for (j = 0; j < cols; j++)
+    for (size_t j = 0; j < cols; j++)
         bias[j] = l->drop_bias ? 0.0f : (float)w->bias[first + j];
-    for (sub = 0; sub < cols; sub += wide)
-        for (top = 0; top < r->n; top += high) {
+    for (size_t sub = 0; sub < cols; sub += wide)
+        for (size_t top = 0; top < r->n; top += high) {
             const size_t rows = r->n - top < high ? r->n - top : high;
             const size_t n = cols - sub < wide ? cols - sub : wide; /* that exist, as `rows` */
             const int whole = rows == high && n == wide; /* else by way of `tile` */
             float *y = r->y + top * r->ldy + first + sub;
-            for (i = 0; i < high; i++) { /* rows that do not exist repeat the last one */
+            for (size_t i = 0; i < high; i++) { /* rows that do not exist repeat the last one */
                 const size_t row = top + (i < rows ? i : rows - 1);
                 a[i] = r->x + (r->index ? (size_t)r->index[row] : row) * r->ldx;
             }
             w->m->tile(l->k, a, b + sub / PANEL * panel + sub % PANEL, panel, bias + sub,
                        whole ? y : tile, whole ? r->ldy : wide);
-            for (i = 0; i < rows && !whole; i++)
+            for (size_t i = 0; i < rows && !whole; i++)
                 memcpy(y + i * r->ldy, tile + i * wide, n * sizeof *y);
         }
 }
@@ -1503,26 +1494,22 @@ static patch_status linear(const Work *w, const Linear *l, const Rows *r, float 
     const unsigned char *bytes =
         t ? weights(&m->file, t, whole ? 0 : l->first_row, n_rows, w->pool->a) : NULL;
     const int last = t == NULL || l->transposed || l->column + l->n == t->cols; /* of c_attn: V */
-    const long groups = (long)((l->n + STEP - 1) / STEP);
     const double size = (double)l->k * (double)l->n;
     PanelSource s;
-
     if ((t != NULL && bytes == NULL) || !linear_begin(w, l, bytes, &s)) {
         weights_done(&m->file, t, n_rows, bytes, w->pool->a);
         return unreadable(m, e);
     }
     PARALLEL(team(m, (double)(r ? r->n + 8 : 8) * size), schedule(dynamic))
-    for (long g = 0; g < groups; g++) {
+    for (long g = 0; g < (long)((l->n + STEP - 1) / STEP); g++) {
         const size_t at = (size_t)g * STEP, cols = l->n - at < STEP ? l->n - at : STEP;
         float *scratch = keep ? keep + at * l->k
                               : w->panels + (size_t)thread_number() * m->max_k * STEP;
         const float *b = scratch; /* [panels][k][16] */
-        size_t p;
-
         if (whole && !keep && !big_endian() && cols % m->kernels->cols == 0) /* in place */
             b = (const float *)(const void *)bytes + at * l->rows + l->first_row * PANEL;
         else
-            for (p = 0; p < STEP / PANEL && (!keep || p * PANEL < cols); p++)
+            for (size_t p = 0; p < STEP / PANEL && (!keep || p * PANEL < cols); p++)
                 linear_panel(w, l, &s, at / PANEL + p, scratch + p * l->k * PANEL);
         if (!keep && r->n > 0)
             linear_columns(w, l, r, at, cols, b, (b == scratch ? l->k : l->rows) * PANEL);
@@ -1550,35 +1537,40 @@ patch_options patch_options_default(void) {
 static patch_status factor_model(Model *m, patch_error *e); /* step 5: chapter 11.1 */
 #endif
 
-/* What follows from the file and the options, step 5 included. */
+/* What follows from the file and the options, step 5 included. A processed file has had its steps:
+   the default options, which nobody need have asked for, give way to them; others have to agree. */
 static patch_status settle_model(Model *m, patch_error *e) {
     const ModelFile *f = &m->file;
-    const int folded = (f->processing & DID_FOLD) != 0, most = THREAD_CEILING;
+    const uint32_t defaults =
+        DID_FOLD_LN | DID_CENTER_WRITING | DID_CENTER_UNEMBED | DID_FOLD_VALUES;
     patch_options *o = &m->options;
     int *const on[] = {&o->fold_ln, &o->center_writing_weights, &o->center_unembed,
                        &o->fold_value_biases, &o->refactor_factored_attn_matrices};
-    size_t i;
-
-    for (i = 0; i < sizeof on / sizeof on[0]; i++) { /* bit i of `processing` */
-        if (folded) /* it has had its steps, whatever the options ask for */
-            *on[i] = (f->processing >> i & 1) != 0;
+    for (size_t i = 0; i < sizeof on / sizeof on[0]; i++) /* bit i of `processing` */
         m->steps |= *on[i] ? 1u << i : 0u;
-    }
+    if (f->processing && m->steps != defaults && m->steps != f->processing - DID_FOLD)
+        return fail(e, PATCH_E_INPUT, f->path ? f->path : "memory",
+                    "a folded model has had its weight processing, and another one is asked for; "
+                    "leave the processing options out or open the model that was folded");
+    for (size_t i = 0; f->processing && i < sizeof on / sizeof on[0]; i++)
+        *on[i] = (f->processing >> i & 1) != 0;
+    m->steps = f->processing ? f->processing - DID_FOLD : m->steps;
     m->has_tokenizer = f->tokenizer_bytes > 0;
     m->kernels = choose_kernels();
     m->tile = o->plain ? m->kernels->plain : m->kernels->tile;
     m->threads = o->threads > 0 ? o->threads : max_threads(); /* 0: as many as there are */
-    m->threads = m->threads < most ? m->threads : most;
+    m->threads = m->threads < THREAD_CEILING ? m->threads : THREAD_CEILING;
     m->max_k = f->M > f->C ? f->M : f->C;
     m->dims = (patch_dims){
         .n_layers = (int)f->L, .n_heads = (int)f->H, .d_model = (int)f->C, .d_head = (int)f->D,
         .d_mlp = (int)f->M, .n_ctx = (int)f->N, .d_vocab = (int)f->V, .act_fn = (int)f->act_fn,
         .bos = m->has_tokenizer && m->tokenizer.eot != NO_TOKEN ? (int)m->tokenizer.eot : -1,
-        .eps = f->eps, .file_bytes = (double)f->map.size, .folded = folded, .threads = m->threads,
-        .dtype = f->tensors[0].type == TYPE_F16, .kernels = o->plain ? "plain" : m->kernels->name};
-    for (i = 0; i < f->n_tensors; i++)
+        .eps = f->eps, .file_bytes = (double)f->map.size, .folded = f->processing != 0,
+        .threads = m->threads, .dtype = f->tensors[0].type == TYPE_F16,
+        .kernels = o->plain ? "plain" : m->kernels->name};
+    for (size_t i = 0; i < f->n_tensors; i++)
         m->dims.parameters += (double)f->tensors[i].rows * f->tensors[i].cols;
-    return (m->steps & DID_REFACTOR) && !folded ? factor_model(m, e) : PATCH_OK;
+    return (m->steps & DID_REFACTOR) && !f->processing ? factor_model(m, e) : PATCH_OK;
 }
 
 void patch_model_free(patch_model *m) {
@@ -1599,27 +1591,25 @@ static patch_status model_load(const char *path, const void *bytes, size_t n,
     const char *where = path ? path : "memory";
     Model *m = take_zeroed(&a, 1, sizeof *m);
     patch_status s;
-
     *model = NULL;
     if (m == NULL)
         return no_memory(e, where, sizeof *m);
+    ModelFile *f = &m->file;
     m->options = o;
     m->allocator = a;
-    m->file.map = (Map){bytes, n, 0}; /* map_open puts its own in the place of this */
-    if (path != NULL && (m->file.path = take(&a, strlen(path) + 1, 1)) == NULL)
+    f->map = (Map){bytes, n, 0}; /* map_open puts its own in the place of this */
+    if (path != NULL && (f->path = take(&a, strlen(path) + 1, 1)) == NULL)
         s = no_memory(e, path, sizeof *m);
-    else if (path != NULL && !map_open(strcpy(m->file.path, path), &m->file.map))
+    else if (path != NULL && !map_open(strcpy(f->path, path), &f->map))
         s = fail(e, PATCH_E_IO, path,
                  "cannot open the model (%s); check -m or make one with convert_weights.py",
                  errno == EINVAL ? "not an ordinary file, or empty" : strerror(errno));
     else
-        s = read_front(&m->file, where, &a, e);
-    if (s == PATCH_OK && m->file.tokenizer_bytes > 0) /* it is used where it lies */
-        s = tokenizer_read(&m->tokenizer, m->file.front + m->file.tokenizer_at, m->file.tokenizer_bytes,
-                           m->file.V, where, &a, e);
-    if (s == PATCH_OK)
-        s = settle_model(m, e);
-    if (s == PATCH_OK)
+        s = read_front(f, where, &a, e);
+    if (s == PATCH_OK && f->tokenizer_bytes > 0) /* it is used where it lies */
+        s = tokenizer_read(&m->tokenizer, f->front + f->tokenizer_at, f->tokenizer_bytes, f->V,
+                           where, &a, e);
+    if (s == PATCH_OK && (s = settle_model(m, e)) == PATCH_OK)
         *model = m;
     else
         patch_model_free(m);
@@ -1634,6 +1624,8 @@ patch_status patch_model_open(const char *path, const patch_options *options, pa
 patch_status patch_model_from_memory(const void *bytes, size_t n, const patch_options *options,
                                      patch_model **model, patch_error *e) {
     *model = NULL;
+    if (bytes == NULL) /* which inside means a file that is not mapped */
+        return fail(e, PATCH_E_INPUT, "memory", "there is no model at NULL; give its bytes");
     if ((uintptr_t)bytes % sizeof(float) != 0) /* a folded model's panels are read as floats */
         return fail(e, PATCH_E_USAGE, "memory",
                     "the model is not aligned to 4 bytes; align it to 64");
@@ -1650,14 +1642,11 @@ const patch_options *patch_model_options(const patch_model *m) {
 /* Hold every tensor's bytes against the CRC-32 in the table. */
 patch_status patch_model_verify(const patch_model *m, patch_error *e) {
     const ModelFile *f = &m->file;
-    size_t i, at;
-
-    for (i = 0; i < f->n_tensors; i++) {
+    for (size_t i = 0; i < f->n_tensors; i++) {
         const Tensor *t = &f->tensors[i];
         const size_t row = t->bytes / t->rows, some = (1 << 20) / row + 1; /* about a megabyte */
         uint32_t crc = 0; /* of the rows before `at` */
-
-        for (at = 0; at < t->rows; at += some) {
+        for (size_t at = 0; at < t->rows; at += some) {
             const size_t n = t->rows - at < some ? t->rows - at : some;
             const unsigned char *p = weights(f, t, at, n, &m->allocator);
             if (p == NULL)
@@ -1681,8 +1670,6 @@ patch_status patch_encode(const patch_model *model, const char *text, size_t n_b
                           int prepend_bos, int *ids, size_t capacity, size_t *n_ids,
                           patch_error *error) {
     const size_t first = prepend_bos ? 1 : 0, room = capacity > first ? capacity - first : 0;
-    patch_status s;
-
     *n_ids = 0;
     if (!model->has_tokenizer)
         return fail(error, PATCH_E_INPUT, "text", "the model file has no tokenizer; give ids "
@@ -1690,8 +1677,9 @@ patch_status patch_encode(const patch_model *model, const char *text, size_t n_b
     if (prepend_bos && model->dims.bos < 0)
         return fail(error, PATCH_E_INPUT, "text",
                     "the tokenizer has no " EOT_TEXT " to put in front; use --no-bos");
-    s = tokenizer_encode(&model->tokenizer, text, n_bytes, room > 0 ? ids + first : NULL, room,
-                         n_ids, &model->allocator, error);
+    const patch_status s = tokenizer_encode(&model->tokenizer, text, n_bytes,
+                                            room > 0 ? ids + first : NULL, room, n_ids,
+                                            &model->allocator, error);
     if (s != PATCH_OK && s != PATCH_E_SIZE)
         return s;
     if (prepend_bos && capacity > 0)
@@ -1704,9 +1692,9 @@ patch_status patch_encode(const patch_model *model, const char *text, size_t n_b
    id without a token is an error: to leave it out would hide that the ids are another model's. */
 patch_status patch_decode(const patch_model *model, const int *ids, size_t n, char *text,
                           size_t capacity, size_t *n_bytes, patch_error *error) {
-    size_t i, length, total = 0;
+    size_t length, total = 0;
     *n_bytes = 0;
-    for (i = 0; i < n; i++) {
+    for (size_t i = 0; i < n; i++) {
         const char *token = tokenizer_token(&model->tokenizer, ids[i], &length);
         if (token == NULL)
             return fail(error, PATCH_E_INPUT, "ids", "id %d has no token; %s", ids[i],
