@@ -218,7 +218,6 @@ static int size_times(size_t a, size_t b, size_t *out) {
     *out = a * b;
     return 1;
 }
-
 static int size_plus(size_t a, size_t b, size_t *out) {
     if (a > SIZE_MAX - b)
         return 0;
@@ -230,7 +229,6 @@ static void *default_alloc(size_t bytes, void *ctx) {
     (void)ctx;
     return malloc(bytes);
 }
-
 static void default_free(void *memory, void *ctx) {
     (void)ctx;
     free(memory);
@@ -242,12 +240,10 @@ static void *take(const patch_allocator *a, size_t n, size_t size) {
     size_t bytes;
     return size_times(n, size, &bytes) ? a->alloc(bytes ? bytes : 1, a->ctx) : NULL;
 }
-
 static void *take_zeroed(const patch_allocator *a, size_t n, size_t size) {
     void *p = take(a, n, size);
     return p ? memset(p, 0, n * size) : NULL;
 }
-
 static void give(const patch_allocator *a, void *p) {
     if (p != NULL)
         a->free(p, a->ctx);
@@ -256,10 +252,7 @@ static void give(const patch_allocator *a, void *p) {
 /* The memory of one call: everything taken from a pool is freed at once, so that no function needs
    a path for cleaning up. `limit` bounds what it holds; beyond, it gives nothing. */
 typedef union Block {
-    struct {
-        union Block *next, *last;
-        size_t bytes;
-    } link;
+    struct { union Block *next, *last; size_t bytes; } link;
     char aligned[64]; /* what follows a block keeps the allocator's alignment */
 } Block;
 
@@ -383,11 +376,9 @@ typedef struct ModelFile {
 static uint32_t get_u32(const unsigned char *p) {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
-
 static uint64_t get_u64(const unsigned char *p) {
     return get_u32(p) | (uint64_t)get_u32(p + 4) << 32;
 }
-
 static uint64_t align_up(uint64_t byte) { /* to the next multiple of 64 */
     return (byte + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
@@ -420,11 +411,9 @@ static float half_to_float(uint32_t half) {
 static const Tensor *layer_tensor(const ModelFile *f, size_t layer, size_t which) {
     return &f->tensors[2 + layer * f->per_layer + which]; /* 2: wte and wpe */
 }
-
 static const Tensor *tail_tensor(const ModelFile *f, size_t which) { /* 0, 1: ln_f's */
     return layer_tensor(f, f->L, which);
 }
-
 static const Tensor *unembedding(const ModelFile *f) { /* [V,C]: one row a token */
     return f->untied ? tail_tensor(f, 2) : &f->tensors[0]; /* lm_head or wte */
 }
@@ -776,10 +765,10 @@ static uint32_t utf8_next(const unsigned char *s, size_t n, size_t *length) {
 }
 
 /* The class of the character at s, of *length bytes. A binary search: run `low` begins at or before
-   its code point, run `high` after it; of what lies above Unicode the last run makes CLASS_OTHER. */
+   its code point, run `high` after it; what lies above Unicode is CLASS_OTHER. */
 static int char_class(const Tokenizer *t, const unsigned char *s, size_t n, size_t *length) {
     const uint32_t code = utf8_next(s, n, length);
-    size_t low = 0, high = code < UNICODE_RUNS ? code + 1 : UNICODE_RUNS; /* run i is not below i */
+    size_t low = 0, high = code < UNICODE_RUNS ? code + 1 : UNICODE_RUNS; /* i <= run i */
     while (high - low > 1) {
         const size_t middle = (low + high) / 2;
         if ((t->runs[middle] & 0xFFFFFF) <= code)
@@ -9662,8 +9651,8 @@ int main(int argc, char **argv) {
    Written by tests/make_unicode.py, which asked tokenizers 0.22.2 about every code point.
    From U+0000 on, runs of code points of one class: the length in hexadecimal, none for 1, then the
    class, L letter, N number, S white space or . for others; "9.5S" reads U+0000 to U+0008 others,
-   U+0009 to U+000D white space. Behind the last run all are others, so that what lies above Unicode,
-   UTF8_INVALID included, is so too. One literal, within the 4,095 bytes that C99 promises.
+   U+0009 to U+000D white space. Behind the last run all are others: what lies above Unicode is so
+   too, UTF8_INVALID included. One literal, within the 4,095 bytes that C99 promises.
    Code points: 141028 letter, 1911 number, 25 white space. */
 
 static const char unicode_runs[] =

@@ -51,8 +51,8 @@ HEAD = """\
    Written by tests/make_unicode.py, which asked tokenizers %s about every code point.
    From U+0000 on, runs of code points of one class: the length in hexadecimal, none for 1, then the
    class, L letter, N number, S white space or . for others; "9.5S" reads U+0000 to U+0008 others,
-   U+0009 to U+000D white space. Behind the last run all are others, so that what lies above Unicode,
-   UTF8_INVALID included, is so too. One literal, within the 4,095 bytes that C99 promises.
+   U+0009 to U+000D white space. Behind the last run all are others: what lies above Unicode is so
+   too, UTF8_INVALID included. One literal, within the 4,095 bytes that C99 promises.
    Code points: %s. */
 
 static const char unicode_runs[] ="""
