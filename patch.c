@@ -162,7 +162,7 @@ static void map_close(Map *map) {
     if (map->mapped)
         munmap((void *)(uintptr_t)map->bytes, map->size);
 #endif
-    *map = (Map){NULL, 0, 0};
+    map->mapped = 0;
 }
 
 /* Give the pages of n bytes back to the system: they stay readable and come from the file again. */
@@ -402,7 +402,6 @@ static float half_to_float(uint32_t half) {
     const uint32_t exponent = half >> 10 & 31, mantissa = half & 0x3FF, sign = half >> 15 << 31;
     const uint32_t bits = sign | (exponent < 31 ? exponent + 112 : 255) << 23 | mantissa << 13;
     float value;
-
     memcpy(&value, &bits, sizeof value);
     return exponent > 0 ? value : (float)mantissa * (sign ? -0x1p-24f : 0x1p-24f); /* subnormal */
 }
@@ -586,13 +585,6 @@ static int weights_row(const ModelFile *f, const Tensor *t, size_t row, float *o
     if (f->map.bytes == NULL) /* a copy goes; mapped pages stay, for the next row */
         weights_done(f, t, n_rows, p, a);
     return p != NULL;
-}
-
-static void model_file_free(ModelFile *f, const patch_allocator *a) {
-    give(a, f->map.bytes == NULL ? (void *)(uintptr_t)f->front : NULL);
-    map_close(&f->map);
-    give(a, f->path);
-    give(a, f->tensors);
 }
 
 /* ==== 4. Tokenizer ===============================================================================
@@ -800,29 +792,24 @@ static size_t word_length(const Tokenizer *t, const unsigned char *s, size_t n) 
 /* A walk over the words of a text. It remembers the end of the part it is in, so that the text is
    searched for <|endoftext|> only once: a million times "<" must not take a million searches. */
 typedef struct Walk {
-    const unsigned char *text;
+    const void *text; /* with its length all that is set before the first step; NULL if n is 0 */
     size_t n, from, at, part_end; /* part_end: where the next <|endoftext|> begins, n: nowhere */
     int is_eot;
 } Walk;
 
-/* A walk before its first step. Without bytes, text may be NULL. */
-static Walk walk_begin(const char *text, size_t n) {
-    return (Walk){.text = (const unsigned char *)text, .n = n};
-}
-
 /* Step over bytes w->from .. w->at - 1, a word or an <|endoftext|> (is_eot). 0: the text ends. */
 static int walk_next(const Tokenizer *t, Walk *w) {
+    const unsigned char *text = w->text;
     w->from = w->at;
     if (w->at == w->n)
         return 0;
-    while (w->part_end < w->n &&
-           (t->eot == NO_TOKEN || w->n - w->part_end < EOT_BYTES ||
-            memcmp(w->text + w->part_end, EOT_TEXT, EOT_BYTES) != 0))
+    while (w->part_end < w->n && (t->eot == NO_TOKEN || w->n - w->part_end < EOT_BYTES ||
+                                  memcmp(text + w->part_end, EOT_TEXT, EOT_BYTES) != 0))
         w->part_end++;
     w->is_eot = w->at == w->part_end;
     if (w->is_eot)
         w->part_end += EOT_BYTES; /* from there on the next one is looked for */
-    w->at += w->is_eot ? EOT_BYTES : word_length(t, w->text + w->at, w->part_end - w->at);
+    w->at += w->is_eot ? EOT_BYTES : word_length(t, text + w->at, w->part_end - w->at);
     return 1;
 }
 
@@ -899,7 +886,7 @@ static patch_status tokenizer_encode(const Tokenizer *t, const char *text, size_
     Merger m = {.out = ids, .capacity = capacity};
     size_t longest = 0, bytes = SIZE_MAX;
     *n_ids = 0;
-    for (Walk w = walk_begin(text, n); walk_next(t, &w);)
+    for (Walk w = {.text = text, .n = n}; walk_next(t, &w);)
         longest = !w.is_eot && w.at - w.from > longest ? w.at - w.from : longest;
     if (longest < NO_TOKEN && size_times(longest, 2 * sizeof *m.tree + 3 * sizeof *m.ids, &bytes))
         m.tree = take(a, bytes, 1);
@@ -908,11 +895,11 @@ static patch_status tokenizer_encode(const Tokenizer *t, const char *text, size_
     m.ids = (uint32_t *)(void *)(m.tree + 2 * longest); /* the widest come first: all aligned */
     m.previous = m.ids + longest;
     m.next = m.previous + longest;
-    for (Walk w = walk_begin(text, n); walk_next(t, &w);)
+    for (Walk w = {.text = text, .n = n}; walk_next(t, &w);)
         if (w.is_eot)
             put_id(&m, t->eot);
         else
-            merge_word(t, &m, w.text + w.from, w.at - w.from);
+            merge_word(t, &m, (const unsigned char *)text + w.from, w.at - w.from);
     give(a, m.tree);
     *n_ids = m.n_out;
     return fit(m.n_out, capacity, "ids", e);
@@ -1565,10 +1552,15 @@ static patch_status settle_model(Model *m, patch_error *e) {
 void patch_model_free(patch_model *m) {
     if (m == NULL)
         return;
-    tokenizer_free(&m->tokenizer, &m->allocator); /* all three may be half built, or zero */
-    give(&m->allocator, m->factored);
-    model_file_free(&m->file, &m->allocator);
-    give(&m->allocator, m); /* which has read the allocator before it goes */
+    const patch_allocator *a = &m->allocator; /* all of the model may be half built, or zero */
+    tokenizer_free(&m->tokenizer, a);
+    give(a, m->factored);
+    if (m->file.map.bytes == NULL)
+        give(a, (void *)(uintptr_t)m->file.front); /* a copy */
+    map_close(&m->file.map);
+    give(a, m->file.path);
+    give(a, m->file.tensors);
+    give(a, m); /* which has read the allocator before it goes */
 }
 
 /* The model in the file at `path` or, where that is NULL, in n bytes of memory. */

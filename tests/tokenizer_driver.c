@@ -83,7 +83,7 @@ static unsigned char *get(size_t *n) {
 /* Encode and append the answer to words[]; returns how many it takes. */
 static size_t answer(const Tokenizer *t, const unsigned char *s, size_t n, uint32_t *words,
                      const patch_allocator *a) {
-    Walk w = walk_begin((const char *)s, n);
+    Walk w = {.text = s, .n = n};
     size_t n_words = 1, n_ids = 0, i;
     int *ids = malloc((n + 1) * sizeof *ids);
     patch_error error;
