@@ -15,13 +15,13 @@
      1 platform            5 kernels              9 metrics
      2 errors, memory      6 weight processing   10 patching
      3 model file          7 hook points         11 further analyses
-     4 tokenizer           8 the engine          12 writers      13 command line     A Unicode tables
+     4 tokenizer           8 the engine          12 writers   13 command line   A Unicode tables
    To understand GPT-2: 0, 6, 7. To understand the speed: 5, 8. To understand patching: 7, 8, 10.
    Chapters 0 to 10 are the core (PATCH_CORE leaves the rest out), 13 goes with PATCH_NO_MAIN.
 
    Dimensions, everywhere:
-     B examples  T tokens of a prompt  L layers  H heads  C d_model  D = C / H d_head  M d_mlp  V d_vocab
-     R rows of a stage (chapter 8).  Arrays are row-major, the last index fastest.
+     B examples  T tokens of a prompt  L layers  H heads  C d_model  D = C / H d_head  M d_mlp
+     V d_vocab  R rows of a stage (chapter 8).  Arrays are row-major, the last index fastest.
 
    The forward pass of one layer, with the hook points on its arrows (blocks.L. left out):
 
@@ -189,7 +189,7 @@ static int map_read(const char *path, size_t offset, size_t n, void *out) {
     return ok;
 }
 
-/* ==== 2. Errors, checked sizes, memory =========================================================== */
+/* ==== 2. Errors, checked sizes, memory ======================================================== */
 
 /* Fill *e (NULL: not wanted) and return code. The message is "what is wrong; what to do". */
 static patch_status fail(patch_error *e, patch_status code, const char *where, const char *format,
@@ -364,7 +364,7 @@ typedef struct Tensor {
 /* What a file says, checked. The tensors' bytes stay where they are. */
 typedef struct ModelFile {
     Map map;                    /* the bytes, or only their number where they are read in pieces */
-    char *path;                 /* NULL: memory of the caller's */
+    const char *path;           /* "memory" where the bytes are the caller's */
     const unsigned char *front; /* all before the first tensor, a copy where nothing is mapped */
     size_t L, H, C, D, M, N, V; /* layers, heads, d_model, d_head, d_mlp, n_ctx, d_vocab */
     size_t n_tensors, per_layer, untied, inverse_layer, tokenizer_at, tokenizer_bytes;
@@ -442,14 +442,13 @@ static Expected expected_tensor(const ModelFile *f, size_t i) {
    comes from anywhere, and what the rest of the program relies on is checked here, once. */
 #define CHECK(good, byte, wrong)                                                                   \
     if (!(good))                                                                                   \
-        return fail(e, PATCH_E_FORMAT, where, "byte %lu: %s; copy or convert the file again",      \
+        return fail(e, PATCH_E_FORMAT, f->path, "byte %lu: %s; copy or convert the file again",    \
                     (unsigned long)(byte), wrong)
 #define CONVERT "; convert the checkpoint again"
 
 /* The head's 128 bytes into *f. The ceilings are far above any GPT-2, and low enough that no
    product of two overflows 64 bits. */
-static patch_status read_head(ModelFile *f, const unsigned char *p, const char *where,
-                              patch_error *e) {
+static patch_status read_head(ModelFile *f, const unsigned char *p, patch_error *e) {
     size_t version, act;
     const struct { unsigned long at, least, most; size_t *out; const char *name; } fields[] = {
         {8, 1, 1, &version, "version"}, {12, 1, 256, &f->L, "n_layer"},
@@ -459,12 +458,12 @@ static patch_status read_head(ModelFile *f, const unsigned char *p, const char *
         {48, 0, 1, &f->inverse_layer, "inverse_layer"}, {52, 1, 8192, &f->n_tensors, "tensor count"}
     }, *x;
     if (memcmp(p, "ACTPATCH", 8) != 0)
-        return fail(e, PATCH_E_FORMAT, where,
+        return fail(e, PATCH_E_FORMAT, f->path,
                     "byte 0: not an actpatch model; make one with convert_weights.py");
     CHECK(get_u32(p + 124) == crc32_of(0, p, 124), 124, "checksum of the head does not match");
     for (x = fields; x < fields + sizeof fields / sizeof *fields; x++)
         if ((*x->out = get_u32(p + x->at)) < x->least || *x->out > x->most)
-            return fail(e, PATCH_E_FORMAT, where, "byte %lu: %s = %lu (want %lu..%lu)" CONVERT,
+            return fail(e, PATCH_E_FORMAT, f->path, "byte %lu: %s = %lu (want %lu..%lu)" CONVERT,
                         x->at, x->name, (unsigned long)*x->out, x->least, x->most);
     const uint64_t length = get_u64(p + 64), size = f->map.size;
     const size_t end = (size_t)align_up(HEAD_BYTES + f->n_tensors * TABLE_ROW); /* of the table */
@@ -511,29 +510,28 @@ static void weights_done(const ModelFile *f, const Tensor *t, size_t n, const un
         map_release(&f->map, bytes, n * (t->bytes / t->rows));
 }
 
-/* Everything but the tensors, of a file whose map is set: f->front are its checked first bytes,
+/* Everything but the tensors, of a file whose map and path are set: f->front are its checked first bytes,
    which are read as if they were a tensor: the head alone, then all of them. */
-static patch_status read_front(ModelFile *f, const char *where, const patch_allocator *a,
-                               patch_error *e) {
+static patch_status read_front(ModelFile *f, const patch_allocator *a, patch_error *e) {
     Tensor all = {TYPE_F32, 1, 1, 1, 0, 0, HEAD_BYTES};
     size_t at = HEAD_BYTES;
     CHECK(f->map.size >= HEAD_BYTES, f->map.size, "too short for a model");
     const unsigned char *p = weights(f, &all, 0, 1, a);
     if (p == NULL)
-        return fail(e, PATCH_E_IO, where, "cannot be read; check the file");
-    const patch_status s = read_head(f, p, where, e);
+        return fail(e, PATCH_E_IO, f->path, "cannot be read; check the file");
+    const patch_status s = read_head(f, p, e);
     weights_done(f, &all, 1, p, a); /* a copy of it is in the copy of all */
     if (s != PATCH_OK)
         return s;
     uint64_t end = all.bytes = f->tokenizer_at + f->tokenizer_bytes;
     const size_t n = f->n_tensors * TABLE_ROW;
     if ((f->front = p = weights(f, &all, 0, 1, a)) == NULL)
-        return fail(e, PATCH_E_IO, where, "cannot be read; check the file");
+        return fail(e, PATCH_E_IO, f->path, "cannot be read; check the file");
     CHECK(crc32_of(0, p + at, n) == get_u32(p + 80), at, "checksum of the table does not match");
     CHECK(crc32_of(0, p + f->tokenizer_at, f->tokenizer_bytes) == get_u32(p + 84), f->tokenizer_at,
           "checksum of the tokenizer does not match");
     if ((f->tensors = take_zeroed(a, f->n_tensors, sizeof *f->tensors)) == NULL)
-        return no_memory(e, where, n);
+        return no_memory(e, f->path, n);
     for (size_t i = 0; i < f->n_tensors; i++, at += TABLE_ROW) {
         const Expected x = expected_tensor(f, i);
         const unsigned char *row = p + at;
@@ -542,7 +540,7 @@ static patch_status read_front(ModelFile *f, const char *where, const patch_allo
         const uint64_t bytes = x.rows * cols * (type == TYPE_F16 ? 2 : 4);
         const uint64_t offset = align_up(end); /* as it has to be */
         if (memcmp(row, x.name, sizeof x.name) != 0)
-            return fail(e, PATCH_E_FORMAT, where, "byte %lu: not the tensor %s" CONVERT,
+            return fail(e, PATCH_E_FORMAT, f->path, "byte %lu: not the tensor %s" CONVERT,
                         (unsigned long)at, x.name);
         CHECK(x.panels ? type == TYPE_PANELS : type < x.rank, at + 48, "tensor type does not fit");
         CHECK(get_u32(row + 52) == x.rank && get_u32(row + 56) == x.rows &&
@@ -1272,6 +1270,7 @@ struct patch_model {
     TileKernel tile; /* the tier's tuned kernel, or its plain one */
     size_t max_k;    /* the longest column of any matrix */
     float *factored; /* step 5: [L] of W_Q, W_K, W_V, W_O [C,C], b_Q, b_K, b_V, b_O [C]; or NULL */
+    char path[];     /* file.path's */
 };
 typedef struct patch_model Model;
 
@@ -1323,7 +1322,7 @@ static int team(const Model *m, double work) {
 }
 
 static patch_status unreadable(const Model *m, patch_error *e) {
-    return fail(e, PATCH_E_IO, m->file.path ? m->file.path : "model",
+    return fail(e, PATCH_E_IO, m->file.path,
                 "weights cannot be read, or there is no memory for them; check the file");
 }
 
@@ -1525,7 +1524,7 @@ static patch_status settle_model(Model *m, patch_error *e) {
     for (size_t i = 0; i < sizeof on / sizeof on[0]; i++) /* bit i of `processing` */
         m->steps |= *on[i] ? 1u << i : 0u;
     if (f->processing && m->steps != defaults && m->steps != f->processing - DID_FOLD)
-        return fail(e, PATCH_E_INPUT, f->path ? f->path : "memory",
+        return fail(e, PATCH_E_INPUT, f->path,
                     "a folded model has had its weight processing, and another one is asked for; "
                     "leave the processing options out or open the model that was folded");
     for (size_t i = 0; f->processing && i < sizeof on / sizeof on[0]; i++)
@@ -1558,7 +1557,6 @@ void patch_model_free(patch_model *m) {
     if (m->file.map.bytes == NULL)
         give(a, (void *)(uintptr_t)m->file.front); /* a copy */
     map_close(&m->file.map);
-    give(a, m->file.path);
     give(a, m->file.tensors);
     give(a, m); /* which has read the allocator before it goes */
 }
@@ -1570,7 +1568,7 @@ static patch_status model_load(const char *path, const void *bytes, size_t n,
     const patch_allocator standard = {default_alloc, default_free, NULL};
     const patch_allocator a = o.allocator.alloc ? o.allocator : standard;
     const char *where = path ? path : "memory";
-    Model *m = take_zeroed(&a, 1, sizeof *m);
+    Model *m = take_zeroed(&a, 1, sizeof *m + strlen(where) + 1);
     patch_status s;
     *model = NULL;
     if (m == NULL)
@@ -1578,15 +1576,14 @@ static patch_status model_load(const char *path, const void *bytes, size_t n,
     ModelFile *f = &m->file;
     m->options = o;
     m->allocator = a;
+    f->path = strcpy(m->path, where);
     f->map = (Map){bytes, n, 0}; /* map_open puts its own in the place of this */
-    if (path != NULL && (f->path = take(&a, strlen(path) + 1, 1)) == NULL)
-        s = no_memory(e, path, sizeof *m);
-    else if (path != NULL && !map_open(strcpy(f->path, path), &f->map))
+    if (path != NULL && !map_open(path, &f->map))
         s = fail(e, PATCH_E_IO, path,
                  "cannot open the model (%s); check -m or make one with convert_weights.py",
                  errno == EINVAL ? "not an ordinary file, or empty" : strerror(errno));
     else
-        s = read_front(f, where, &a, e);
+        s = read_front(f, &a, e);
     if (s == PATCH_OK && f->tokenizer_bytes > 0) /* it is used where it lies */
         s = tokenizer_read(&m->tokenizer, f->front + f->tokenizer_at, f->tokenizer_bytes, f->V,
                            where, &a, e);
@@ -1636,7 +1633,7 @@ patch_status patch_model_verify(const patch_model *m, patch_error *e) {
             weights_done(f, t, n, p, &m->allocator);
         }
         if (crc != t->crc)
-            return fail(e, PATCH_E_FORMAT, f->path ? f->path : "memory",
+            return fail(e, PATCH_E_FORMAT, f->path,
                         "byte %lu: checksum of %s does not match; copy or convert the file again",
                         (unsigned long)t->offset, expected_tensor(f, i).name);
     }
