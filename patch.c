@@ -356,7 +356,8 @@ enum { /* bits of `processing` */
 enum { TYPE_F32, TYPE_F16, TYPE_PANELS }; /* of a tensor: below its rank, or panels */
 enum { HEAD_BYTES = 128, TABLE_ROW = 80, ALIGNMENT = 64, PANEL = 16, MAX_HEADS = 256 };
 
-typedef struct Tensor {
+typedef struct Tensor { /* a row of the table */
+    char name[48];                        /* zeros behind it */
     uint32_t type, rank, rows, cols, crc; /* of a vector cols is 1 */
     size_t offset, bytes;                 /* in the file */
 } Tensor;
@@ -417,25 +418,21 @@ static const Tensor *unembedding(const ModelFile *f) { /* [V,C]: one row a token
     return f->untied ? tail_tensor(f, 2) : &f->tensors[0]; /* lm_head or wte */
 }
 
-typedef struct Expected {
-    char name[48];           /* zeros behind it, as in the table */
-    size_t rank, rows, cols; /* of a vector cols is 1 */
-    int panels;              /* is it stored as panels? */
-} Expected;
-
-/* What tensor number i of a file with these sizes has to be. */
-static Expected expected_tensor(const ModelFile *f, size_t i) {
+/* Tensor number i of a file with these sizes, as far as they say: of types f16 is not thought of. */
+static Tensor expected_tensor(const ModelFile *f, size_t i) {
     static const char letters[] = "VNMC3-";
     const size_t sizes[] = {f->V, f->N, f->M, f->C, 3 * f->C, 1}; /* by their letter */
     const size_t n = f->per_layer, layer = (i - 2) / n; /* far beyond L for wte and wpe: it wraps */
     const int inner = layer < f->L, folded = n == FOLD_PER_LAYER;
     const char *row = i < 2 ? outer_rows[i] : !inner ? outer_rows[i - f->L * n]
                       : folded ? folded_rows[(i - 2) % n] : raw_rows[(i - 2) % n];
-    Expected x = {"", row[1] == '-' ? 1 : 2, sizes[strchr(letters, row[0]) - letters],
-                  sizes[strchr(letters, row[1]) - letters], inner && folded && row[1] != '-'};
-    const int at = inner ? snprintf(x.name, sizeof x.name, "h.%lu.", (unsigned long)layer) : 0;
-    snprintf(x.name + at, sizeof x.name - (size_t)at, "%s", row + 3);
-    return x;
+    Tensor t = {.type = inner && folded && row[1] != '-' ? TYPE_PANELS : TYPE_F32,
+                .rank = row[1] == '-' ? 1 : 2,
+                .rows = (uint32_t)sizes[strchr(letters, row[0]) - letters],
+                .cols = (uint32_t)sizes[strchr(letters, row[1]) - letters]};
+    const int at = inner ? snprintf(t.name, sizeof t.name, "h.%lu.", (unsigned long)layer) : 0;
+    snprintf(t.name + at, sizeof t.name - (size_t)at, "%s", row + 3);
+    return t;
 }
 
 /* Return from the function with an error at this byte, where the file is not as it has to be: it
@@ -513,7 +510,7 @@ static void weights_done(const ModelFile *f, const Tensor *t, size_t n, const un
 /* Everything but the tensors, of a file whose map and path are set: f->front are its checked first bytes,
    which are read as if they were a tensor: the head alone, then all of them. */
 static patch_status read_front(ModelFile *f, const patch_allocator *a, patch_error *e) {
-    Tensor all = {TYPE_F32, 1, 1, 1, 0, 0, HEAD_BYTES};
+    Tensor all = {.rank = 1, .rows = 1, .cols = 1, .bytes = HEAD_BYTES};
     size_t at = HEAD_BYTES;
     CHECK(f->map.size >= HEAD_BYTES, f->map.size, "too short for a model");
     const unsigned char *p = weights(f, &all, 0, 1, a);
@@ -533,24 +530,28 @@ static patch_status read_front(ModelFile *f, const patch_allocator *a, patch_err
     if ((f->tensors = take_zeroed(a, f->n_tensors, sizeof *f->tensors)) == NULL)
         return no_memory(e, f->path, n);
     for (size_t i = 0; i < f->n_tensors; i++, at += TABLE_ROW) {
-        const Expected x = expected_tensor(f, i);
+        Tensor *t = &f->tensors[i];
         const unsigned char *row = p + at;
+        *t = expected_tensor(f, i);
         const uint32_t type = get_u32(row + 48);
-        const uint64_t cols = x.panels ? (x.cols + PANEL - 1) / PANEL * PANEL : x.cols; /* stored */
-        const uint64_t bytes = x.rows * cols * (type == TYPE_F16 ? 2 : 4);
+        const int panels = t->type == TYPE_PANELS;
+        const uint64_t cols = panels ? (t->cols + PANEL - 1) / PANEL * PANEL : t->cols; /* stored */
+        const uint64_t bytes = t->rows * cols * (type == TYPE_F16 ? 2 : 4);
         const uint64_t offset = align_up(end); /* as it has to be */
-        if (memcmp(row, x.name, sizeof x.name) != 0)
+        if (memcmp(row, t->name, sizeof t->name) != 0)
             return fail(e, PATCH_E_FORMAT, f->path, "byte %lu: not the tensor %s" CONVERT,
-                        (unsigned long)at, x.name);
-        CHECK(x.panels ? type == TYPE_PANELS : type < x.rank, at + 48, "tensor type does not fit");
-        CHECK(get_u32(row + 52) == x.rank && get_u32(row + 56) == x.rows &&
-              get_u32(row + 60) == x.cols, at + 52, "tensor shape does not fit the head");
+                        (unsigned long)at, t->name);
+        CHECK(panels ? type == TYPE_PANELS : type < t->rank, at + 48, "tensor type does not fit");
+        CHECK(get_u32(row + 52) == t->rank && get_u32(row + 56) == t->rows &&
+              get_u32(row + 60) == t->cols, at + 52, "tensor shape does not fit the head");
         CHECK(get_u64(row + 64) == offset && get_u32(row + 76) == 0, at + 64,
               "tensor does not begin where the one before it ends");
         end = offset + bytes;
         CHECK(end <= f->map.size, at + 64, "tensor reaches beyond the end of the file");
-        f->tensors[i] = (Tensor){type, (uint32_t)x.rank, (uint32_t)x.rows, (uint32_t)x.cols,
-                                 get_u32(row + 72), (size_t)offset, (size_t)bytes};
+        t->type = type;
+        t->crc = get_u32(row + 72);
+        t->offset = (size_t)offset;
+        t->bytes = (size_t)bytes;
     }
     CHECK(end == f->map.size, end, "bytes follow the last tensor");
     return PATCH_OK;
@@ -1635,7 +1636,7 @@ patch_status patch_model_verify(const patch_model *m, patch_error *e) {
         if (crc != t->crc)
             return fail(e, PATCH_E_FORMAT, f->path,
                         "byte %lu: checksum of %s does not match; copy or convert the file again",
-                        (unsigned long)t->offset, expected_tensor(f, i).name);
+                        (unsigned long)t->offset, t->name);
     }
     return PATCH_OK;
 }
@@ -5174,7 +5175,7 @@ static void flat_zeros(FlatFile *w, size_t until) {
 
 /* The next tensor begins: zeros up to the alignment, then its row of the table. */
 static void flat_begin(FlatFile *w, uint32_t type) {
-    const Expected x = expected_tensor(&w->file, w->n);
+    const Tensor x = expected_tensor(&w->file, w->n);
     unsigned char *row = w->table + w->n++ * TABLE_ROW;
 
     flat_zeros(w, (w->at + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
