@@ -15,13 +15,13 @@
      1 platform            5 kernels              9 metrics
      2 errors, memory      6 weight processing   10 patching
      3 model file          7 hook points         11 further analyses
-     4 tokenizer           8 the engine          12 writers      13 command line     A Unicode tables
+     4 tokenizer           8 the engine          12 writers   13 command line   A Unicode tables
    To understand GPT-2: 0, 6, 7. To understand the speed: 5, 8. To understand patching: 7, 8, 10.
    Chapters 0 to 10 are the core (PATCH_CORE leaves the rest out), 13 goes with PATCH_NO_MAIN.
 
    Dimensions, everywhere:
-     B examples  T tokens of a prompt  L layers  H heads  C d_model  D = C / H d_head  M d_mlp  V d_vocab
-     R rows of a stage (chapter 8).  Arrays are row-major, the last index fastest.
+     B examples  T tokens of a prompt  L layers  H heads  C d_model  D = C / H d_head  M d_mlp
+     V d_vocab  R rows of a stage (chapter 8).  Arrays are row-major, the last index fastest.
 
    The forward pass of one layer, with the hook points on its arrows (blocks.L. left out):
 
@@ -89,23 +89,29 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-
 #ifdef PATCH_MMAP
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
 
 /* PARALLEL(threads, schedule(...)) in front of a loop: OpenMP's pragma where the compiler has it.
-   */
+   now() counts seconds: of the wall clock with OpenMP, of one thread's processor without. */
 #ifdef _OPENMP
 #include <omp.h>
 #define OMP_TEXT(...) _Pragma(#__VA_ARGS__)
 #define OMP_WORDS(...) OMP_TEXT(__VA_ARGS__)
 #define PARALLEL(threads, how) OMP_WORDS(omp parallel for num_threads(threads) how)
+#define now() omp_get_wtime()
+#define max_threads() omp_get_max_threads()
+#define thread_number() omp_get_thread_num()
+enum { THREAD_CEILING = 256 };
 #else
 #define PARALLEL(threads, how) (void)(threads);
+#define now() ((double)clock() / CLOCKS_PER_SEC)
+#define max_threads() 1
+#define thread_number() 0
+enum { THREAD_CEILING = 1 };
 #endif
 
 #if defined(__GNUC__)
@@ -113,39 +119,6 @@
 #else
 #define ALWAYS_INLINE static inline
 #endif
-
-/* Seconds since some moment: of the wall clock with OpenMP, of one thread's processor without. */
-static double now(void) {
-#ifdef _OPENMP
-    return omp_get_wtime();
-#else
-    return (double)clock() / CLOCKS_PER_SEC;
-#endif
-}
-
-static int max_threads(void) {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
-static int thread_ceiling(void) {
-#ifdef _OPENMP
-    return 256;
-#else
-    return 1;
-#endif
-}
-
-static int thread_number(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 /* A file's bytes: mapped, or the caller's memory, or (bytes == NULL) to be read piece by piece. */
 typedef struct Map {
@@ -157,47 +130,31 @@ typedef struct Map {
 /* Map the whole of an ordinary file; 0 with errno where the system refuses. Without mmap only the
    size is found out, and map_read does the rest. */
 static int map_open(const char *path, Map *map) {
-    memset(map, 0, sizeof *map);
+    FILE *file = fopen(path, "rb");
+
+    *map = (Map){NULL, 0, 0};
+    if (file == NULL)
+        return 0;
 #ifdef PATCH_MMAP
-    {
-        struct stat facts;
-        void *bytes = MAP_FAILED;
-        int saved, file = open(path, O_RDONLY);
-
-        if (file < 0)
-            return 0;
-        if (fstat(file, &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size > 0)
-            bytes = mmap(NULL, (size_t)facts.st_size, PROT_READ, MAP_PRIVATE, file, 0);
-        else
-            errno = EINVAL;
-        saved = errno;
-        close(file);
-        errno = saved;
-        if (bytes == MAP_FAILED)
-            return 0;
-        map->bytes = bytes;
-        map->size = (size_t)facts.st_size;
-        map->mapped = 1;
-        return 1;
-    }
+    struct stat facts;
+    if (fstat(fileno(file), &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size > 0) {
+        const size_t size = (size_t)facts.st_size;
+        void *bytes = mmap(NULL, size, PROT_READ, MAP_PRIVATE, fileno(file), 0);
+        if (bytes != MAP_FAILED)
+            *map = (Map){bytes, size, 1};
+    } else
+        errno = EINVAL;
 #else
-    {
-        FILE *file = fopen(path, "rb");
-        long size = -1;
-
-        if (file == NULL)
-            return 0;
-        if (fseek(file, 0, SEEK_END) == 0)
-            size = ftell(file);
-        fclose(file);
-        if (size <= 0) {
-            errno = EINVAL;
-            return 0;
-        }
+    const long size = fseek(file, 0, SEEK_END) == 0 ? ftell(file) : -1;
+    if (size > 0)
         map->size = (size_t)size;
-        return 1;
-    }
+    else
+        errno = EINVAL;
 #endif
+    const int saved = errno;
+    fclose(file);
+    errno = saved;
+    return map->size > 0;
 }
 
 static void map_close(Map *map) {
@@ -205,20 +162,17 @@ static void map_close(Map *map) {
     if (map->mapped)
         munmap((void *)(uintptr_t)map->bytes, map->size);
 #endif
-    memset(map, 0, sizeof *map);
+    map->mapped = 0;
 }
 
 /* Give the pages of n bytes back to the system: they stay readable and come from the file again. */
 static void map_release(const Map *map, const void *bytes, size_t n) {
 #ifdef PATCH_MMAP
-    if (map->mapped && n > 0) {
-        const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-        const uintptr_t first = ((uintptr_t)bytes + page - 1) / page * page;
-        const uintptr_t last = ((uintptr_t)bytes + n) / page * page;
-
-        if (last > first)
-            madvise((void *)first, last - first, MADV_DONTNEED);
-    }
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t first = ((uintptr_t)bytes + page - 1) / page * page;
+    const uintptr_t last = ((uintptr_t)bytes + n) / page * page;
+    if (map->mapped && last > first)
+        madvise((void *)first, last - first, MADV_DONTNEED);
 #else
     (void)map, (void)bytes, (void)n;
 #endif
@@ -228,28 +182,25 @@ static void map_release(const Map *map, const void *bytes, size_t n) {
    The file is opened anew each time, so that threads need not share a position. */
 static int map_read(const char *path, size_t offset, size_t n, void *out) {
     FILE *file = offset <= (size_t)LONG_MAX ? fopen(path, "rb") : NULL;
-    int ok;
-
-    if (file == NULL)
-        return 0;
-    ok = fseek(file, (long)offset, SEEK_SET) == 0 && fread(out, 1, n, file) == n;
-    fclose(file);
+    const int ok = file != NULL && fseek(file, (long)offset, SEEK_SET) == 0 &&
+                   fread(out, 1, n, file) == n;
+    if (file != NULL)
+        fclose(file);
     return ok;
 }
 
-/* ==== 2. Errors, checked sizes, memory =========================================================== */
+/* ==== 2. Errors, checked sizes, memory ======================================================== */
 
 /* Fill *e (NULL: not wanted) and return code. The message is "what is wrong; what to do". */
 static patch_status fail(patch_error *e, patch_status code, const char *where, const char *format,
                          ...) {
     va_list values;
-
-    if (e == NULL)
-        return code;
-    e->code = code;
-    snprintf(e->where, sizeof e->where, "%s", where);
     va_start(values, format);
-    vsnprintf(e->message, sizeof e->message, format, values);
+    if (e != NULL) {
+        e->code = code;
+        snprintf(e->where, sizeof e->where, "%s", where);
+        vsnprintf(e->message, sizeof e->message, format, values);
+    }
     va_end(values);
     return code;
 }
@@ -267,7 +218,6 @@ static int size_times(size_t a, size_t b, size_t *out) {
     *out = a * b;
     return 1;
 }
-
 static int size_plus(size_t a, size_t b, size_t *out) {
     if (a > SIZE_MAX - b)
         return 0;
@@ -279,7 +229,6 @@ static void *default_alloc(size_t bytes, void *ctx) {
     (void)ctx;
     return malloc(bytes);
 }
-
 static void default_free(void *memory, void *ctx) {
     (void)ctx;
     free(memory);
@@ -289,20 +238,12 @@ static void default_free(void *memory, void *ctx) {
    or the allocator gives nothing. give() accepts NULL. */
 static void *take(const patch_allocator *a, size_t n, size_t size) {
     size_t bytes;
-
-    if (!size_times(n, size, &bytes))
-        return NULL;
-    return a->alloc(bytes ? bytes : 1, a->ctx);
+    return size_times(n, size, &bytes) ? a->alloc(bytes ? bytes : 1, a->ctx) : NULL;
 }
-
 static void *take_zeroed(const patch_allocator *a, size_t n, size_t size) {
     void *p = take(a, n, size);
-
-    if (p != NULL)
-        memset(p, 0, n * size);
-    return p;
+    return p ? memset(p, 0, n * size) : NULL;
 }
-
 static void give(const patch_allocator *a, void *p) {
     if (p != NULL)
         a->free(p, a->ctx);
@@ -311,10 +252,7 @@ static void give(const patch_allocator *a, void *p) {
 /* The memory of one call: everything taken from a pool is freed at once, so that no function needs
    a path for cleaning up. `limit` bounds what it holds; beyond, it gives nothing. */
 typedef union Block {
-    struct {
-        union Block *next, *last;
-        size_t bytes;
-    } link;
+    struct { union Block *next, *last; size_t bytes; } link;
     char aligned[64]; /* what follows a block keeps the allocator's alignment */
 } Block;
 
@@ -329,7 +267,6 @@ typedef struct Pool {
 static void *pool_raw(Pool *p, size_t n, size_t size) {
     size_t bytes = SIZE_MAX;
     Block *b = NULL;
-
     if (size_times(n, size, &bytes) && size_plus(bytes, sizeof *b, &bytes) &&
         bytes <= p->limit - p->bytes)
         b = p->a->alloc(bytes, p->a->ctx);
@@ -337,9 +274,7 @@ static void *pool_raw(Pool *p, size_t n, size_t size) {
         p->refused = bytes;
         return NULL;
     }
-    memset(b, 0, sizeof *b);
-    b->link.bytes = bytes;
-    b->link.next = p->blocks;
+    *b = (Block){.link = {p->blocks, NULL, bytes}};
     if (p->blocks != NULL)
         p->blocks->link.last = b;
     p->blocks = b;
@@ -351,18 +286,14 @@ static void *pool_raw(Pool *p, size_t n, size_t size) {
 /* The same, zeroed. */
 static void *pool_take(Pool *p, size_t n, size_t size) {
     void *piece = pool_raw(p, n, size);
-
-    if (piece != NULL)
-        memset(piece, 0, n * size);
-    return piece;
+    return piece ? memset(piece, 0, n * size) : NULL;
 }
 
 /* Give one piece back early; NULL is fine. */
 static void pool_give(Pool *p, void *piece) {
-    Block *b = piece == NULL ? NULL : (Block *)piece - 1;
-
-    if (b == NULL)
+    if (piece == NULL)
         return;
+    Block *b = (Block *)piece - 1;
     *(b->link.last ? &b->link.last->link.next : &p->blocks) = b->link.next;
     if (b->link.next != NULL)
         b->link.next->link.last = b->link.last;
@@ -427,7 +358,8 @@ enum { /* bits of `processing` */
 enum { TYPE_F32, TYPE_F16, TYPE_PANELS }; /* of a tensor: below its rank, or panels */
 enum { HEAD_BYTES = 128, TABLE_ROW = 80, ALIGNMENT = 64, PANEL = 16, MAX_HEADS = 256 };
 
-typedef struct Tensor {
+typedef struct Tensor { /* a row of the table */
+    char name[48];                        /* zeros behind it */
     uint32_t type, rank, rows, cols, crc; /* of a vector cols is 1 */
     size_t offset, bytes;                 /* in the file */
 } Tensor;
@@ -435,7 +367,7 @@ typedef struct Tensor {
 /* What a file says, checked. The tensors' bytes stay where they are. */
 typedef struct ModelFile {
     Map map;                    /* the bytes, or only their number where they are read in pieces */
-    char *path;                 /* NULL: memory of the caller's */
+    const char *path;           /* "memory" where the bytes are the caller's */
     const unsigned char *front; /* all before the first tensor, a copy where nothing is mapped */
     size_t L, H, C, D, M, N, V; /* layers, heads, d_model, d_head, d_mlp, n_ctx, d_vocab */
     size_t n_tensors, per_layer, untied, inverse_layer, tokenizer_at, tokenizer_bytes;
@@ -447,9 +379,11 @@ typedef struct ModelFile {
 static uint32_t get_u32(const unsigned char *p) {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
-
 static uint64_t get_u64(const unsigned char *p) {
     return get_u32(p) | (uint64_t)get_u32(p + 4) << 32;
+}
+static uint64_t align_up(uint64_t byte) { /* to the next multiple of 64 */
+    return (byte + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
 /* zlib's CRC-32 of n more bytes; begin with 0. Four bits at a time: 16 words of table instead of
@@ -471,7 +405,6 @@ static float half_to_float(uint32_t half) {
     const uint32_t exponent = half >> 10 & 31, mantissa = half & 0x3FF, sign = half >> 15 << 31;
     const uint32_t bits = sign | (exponent < 31 ? exponent + 112 : 255) << 23 | mantissa << 13;
     float value;
-
     memcpy(&value, &bits, sizeof value);
     return exponent > 0 ? value : (float)mantissa * (sign ? -0x1p-24f : 0x1p-24f); /* subnormal */
 }
@@ -480,51 +413,42 @@ static float half_to_float(uint32_t half) {
 static const Tensor *layer_tensor(const ModelFile *f, size_t layer, size_t which) {
     return &f->tensors[2 + layer * f->per_layer + which]; /* 2: wte and wpe */
 }
-
 static const Tensor *tail_tensor(const ModelFile *f, size_t which) { /* 0, 1: ln_f's */
     return layer_tensor(f, f->L, which);
 }
-
 static const Tensor *unembedding(const ModelFile *f) { /* [V,C]: one row a token */
     return f->untied ? tail_tensor(f, 2) : &f->tensors[0]; /* lm_head or wte */
 }
 
-/* What tensor number i of a file with these sizes has to be. */
-typedef struct Expected {
-    char name[48];           /* zeros behind it, as in the table */
-    size_t rank, rows, cols; /* of a vector cols is 1 */
-    int panels;              /* is it stored as panels? */
-} Expected;
-
-static Expected expected_tensor(const ModelFile *f, size_t i) {
+/* Tensor number i of a file with these sizes, as far as they say: of types f16 is not thought of. */
+static Tensor expected_tensor(const ModelFile *f, size_t i) {
     static const char letters[] = "VNMC3-";
     const size_t sizes[] = {f->V, f->N, f->M, f->C, 3 * f->C, 1}; /* by their letter */
     const size_t n = f->per_layer, layer = (i - 2) / n; /* far beyond L for wte and wpe: it wraps */
     const int inner = layer < f->L, folded = n == FOLD_PER_LAYER;
     const char *row = i < 2 ? outer_rows[i] : !inner ? outer_rows[i - f->L * n]
                       : folded ? folded_rows[(i - 2) % n] : raw_rows[(i - 2) % n];
-    Expected x = {"", row[1] == '-' ? 1 : 2, sizes[strchr(letters, row[0]) - letters],
-                  sizes[strchr(letters, row[1]) - letters], inner && folded && row[1] != '-'};
-    const int at = inner ? snprintf(x.name, sizeof x.name, "h.%lu.", (unsigned long)layer) : 0;
-
-    snprintf(x.name + at, sizeof x.name - (size_t)at, "%s", row + 3);
-    return x;
+    Tensor t = {.type = inner && folded && row[1] != '-' ? TYPE_PANELS : TYPE_F32,
+                .rank = row[1] == '-' ? 1 : 2,
+                .rows = (uint32_t)sizes[strchr(letters, row[0]) - letters],
+                .cols = (uint32_t)sizes[strchr(letters, row[1]) - letters]};
+    const int at = inner ? snprintf(t.name, sizeof t.name, "h.%lu.", (unsigned long)layer) : 0;
+    snprintf(t.name + at, sizeof t.name - (size_t)at, "%s", row + 3);
+    return t;
 }
 
 /* Return from the function with an error at this byte, where the file is not as it has to be: it
    comes from anywhere, and what the rest of the program relies on is checked here, once. */
 #define CHECK(good, byte, wrong)                                                                   \
     if (!(good))                                                                                   \
-        return fail(e, PATCH_E_FORMAT, where, "byte %lu: %s; copy or convert the file again",      \
+        return fail(e, PATCH_E_FORMAT, f->path, "byte %lu: %s; copy or convert the file again",    \
                     (unsigned long)(byte), wrong)
 #define CONVERT "; convert the checkpoint again"
 
 /* The head's 128 bytes into *f. The ceilings are far above any GPT-2, and low enough that no
    product of two overflows 64 bits. */
-static patch_status read_head(ModelFile *f, const unsigned char *p, const char *where,
-                              patch_error *e) {
-    const uint64_t eps = get_u64(p + 40), at = get_u64(p + 56), length = get_u64(p + 64);
-    size_t version, act, i, end, size = f->map.size;
+static patch_status read_head(ModelFile *f, const unsigned char *p, patch_error *e) {
+    size_t version, act;
     const struct { unsigned long at, least, most; size_t *out; const char *name; } fields[] = {
         {8, 1, 1, &version, "version"}, {12, 1, 256, &f->L, "n_layer"},
         {16, 1, MAX_HEADS, &f->H, "n_head"}, {20, 1, 65536, &f->C, "d_model"},
@@ -532,32 +456,32 @@ static patch_status read_head(ModelFile *f, const unsigned char *p, const char *
         {32, 1, 4194304, &f->V, "d_vocab"}, {36, 0, 2, &act, "activation"},
         {48, 0, 1, &f->inverse_layer, "inverse_layer"}, {52, 1, 8192, &f->n_tensors, "tensor count"}
     }, *x;
-
     if (memcmp(p, "ACTPATCH", 8) != 0)
-        return fail(e, PATCH_E_FORMAT, where,
+        return fail(e, PATCH_E_FORMAT, f->path,
                     "byte 0: not an actpatch model; make one with convert_weights.py");
     CHECK(get_u32(p + 124) == crc32_of(0, p, 124), 124, "checksum of the head does not match");
     for (x = fields; x < fields + sizeof fields / sizeof *fields; x++)
         if ((*x->out = get_u32(p + x->at)) < x->least || *x->out > x->most)
-            return fail(e, PATCH_E_FORMAT, where, "byte %lu: %s = %lu (want %lu..%lu)" CONVERT,
+            return fail(e, PATCH_E_FORMAT, f->path, "byte %lu: %s = %lu (want %lu..%lu)" CONVERT,
                         x->at, x->name, (unsigned long)*x->out, x->least, x->most);
-    memcpy(&f->eps, &eps, sizeof eps);
+    const uint64_t length = get_u64(p + 64), size = f->map.size;
+    const size_t end = (size_t)align_up(HEAD_BYTES + f->n_tensors * TABLE_ROW); /* of the table */
+    memcpy(&f->eps, &(uint64_t){get_u64(p + 40)}, sizeof f->eps);
     f->act_fn = (uint32_t)act;
     f->processing = get_u32(p + 88);
     f->per_layer = f->processing ? FOLD_PER_LAYER : RAW_PER_LAYER;
     f->untied = f->n_tensors - 4 - f->L * f->per_layer; /* 1: lm_head.weight; below 0 it wraps */
     f->D = f->C / f->H;
-    end = (HEAD_BYTES + f->n_tensors * TABLE_ROW + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     f->tokenizer_at = end;
     f->tokenizer_bytes = (size_t)length;
     CHECK(f->C % f->H == 0, 16, "d_model is not divisible by n_head");
     CHECK(f->eps >= 0 && f->eps <= 1, 40, "epsilon is not within 0..1"); /* nor is NaN */
     CHECK(f->processing == 0 || f->processing / DID_FOLD == 1, 88, "unknown processing");
-    for (i = 92; i < 124; i++)
+    for (size_t i = 92; i < 124; i++)
         CHECK(p[i] == 0, i, "reserved byte is not zero");
     CHECK(f->untied <= 1, 52, "tensor count does not fit the layers");
     CHECK(get_u64(p + 72) == size, 72, "the file has another length than its head says");
-    CHECK(at == (length ? end : 0), 56, "tokenizer does not follow the table");
+    CHECK(get_u64(p + 56) == (length ? end : 0), 56, "tokenizer does not follow the table");
     CHECK(end <= size && length <= size - end, 64, "tokenizer reaches beyond the end of the file");
     return PATCH_OK;
 }
@@ -567,9 +491,11 @@ static patch_status read_head(ModelFile *f, const unsigned char *p, const char *
 static const unsigned char *weights(const ModelFile *f, const Tensor *t, size_t first, size_t n,
                                     const patch_allocator *a) {
     const size_t row = t->bytes / t->rows, offset = t->offset + first * row;
-    unsigned char *copy = f->map.bytes != NULL ? NULL : take(a, n, row);
+    if (f->map.bytes != NULL)
+        return f->map.bytes + offset;
+    unsigned char *copy = take(a, n, row);
     if (copy == NULL || map_read(f->path, offset, n * row, copy))
-        return f->map.bytes != NULL ? f->map.bytes + offset : copy;
+        return copy;
     give(a, copy);
     return NULL;
 }
@@ -583,93 +509,83 @@ static void weights_done(const ModelFile *f, const Tensor *t, size_t n, const un
         map_release(&f->map, bytes, n * (t->bytes / t->rows));
 }
 
-/* Everything but the tensors, of a file whose map is set. *front are its checked first bytes, which
-   are read as if they were a tensor: the head alone, then all of them. */
-static patch_status read_front(ModelFile *f, const unsigned char **front, const char *where,
-                               const patch_allocator *a, patch_error *e) {
-    Tensor all = {TYPE_F32, 1, 1, 1, 0, 0, HEAD_BYTES};
-    size_t at = HEAD_BYTES, i, n;
-    const unsigned char *p;
-    patch_status s;
-    uint64_t end;
-
+/* Everything but the tensors, of a file whose map and path are set: f->front are its checked first bytes,
+   which are read as if they were a tensor: the head alone, then all of them. */
+static patch_status read_front(ModelFile *f, const patch_allocator *a, patch_error *e) {
+    Tensor all = {.rank = 1, .rows = 1, .cols = 1, .bytes = HEAD_BYTES};
+    size_t at = HEAD_BYTES;
     CHECK(f->map.size >= HEAD_BYTES, f->map.size, "too short for a model");
-    if ((p = weights(f, &all, 0, 1, a)) == NULL)
-        return fail(e, PATCH_E_IO, where, "cannot be read; check the file");
-    s = read_head(f, p, where, e);
+    const unsigned char *p = weights(f, &all, 0, 1, a);
+    if (p == NULL)
+        return fail(e, PATCH_E_IO, f->path, "cannot be read; check the file");
+    const patch_status s = read_head(f, p, e);
     weights_done(f, &all, 1, p, a); /* a copy of it is in the copy of all */
     if (s != PATCH_OK)
         return s;
-    end = all.bytes = f->tokenizer_at + f->tokenizer_bytes;
-    if ((*front = f->front = p = weights(f, &all, 0, 1, a)) == NULL)
-        return fail(e, PATCH_E_IO, where, "cannot be read; check the file");
-    n = f->n_tensors * TABLE_ROW;
+    uint64_t end = all.bytes = f->tokenizer_at + f->tokenizer_bytes;
+    const size_t n = f->n_tensors * TABLE_ROW;
+    if ((f->front = p = weights(f, &all, 0, 1, a)) == NULL)
+        return fail(e, PATCH_E_IO, f->path, "cannot be read; check the file");
     CHECK(crc32_of(0, p + at, n) == get_u32(p + 80), at, "checksum of the table does not match");
     CHECK(crc32_of(0, p + f->tokenizer_at, f->tokenizer_bytes) == get_u32(p + 84), f->tokenizer_at,
           "checksum of the tokenizer does not match");
     if ((f->tensors = take_zeroed(a, f->n_tensors, sizeof *f->tensors)) == NULL)
-        return no_memory(e, where, n);
-    for (i = 0; i < f->n_tensors; i++, at += TABLE_ROW) {
-        const Expected x = expected_tensor(f, i);
+        return no_memory(e, f->path, n);
+    for (size_t i = 0; i < f->n_tensors; i++, at += TABLE_ROW) {
+        Tensor *t = &f->tensors[i];
         const unsigned char *row = p + at;
+        *t = expected_tensor(f, i);
         const uint32_t type = get_u32(row + 48);
-        const uint64_t cols = x.panels ? (x.cols + PANEL - 1) / PANEL * PANEL : x.cols; /* stored */
-        const uint64_t bytes = x.rows * cols * (type == TYPE_F16 ? 2 : 4);
-        const uint64_t offset = (end + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; /* as it has to be */
-
-        if (memcmp(row, x.name, sizeof x.name) != 0)
-            return fail(e, PATCH_E_FORMAT, where, "byte %lu: not the tensor %s" CONVERT,
-                        (unsigned long)at, x.name);
-        CHECK(x.panels ? type == TYPE_PANELS : type < x.rank, at + 48, "tensor type does not fit");
-        CHECK(get_u32(row + 52) == x.rank && get_u32(row + 56) == x.rows &&
-              get_u32(row + 60) == x.cols, at + 52, "tensor shape does not fit the head");
+        const int panels = t->type == TYPE_PANELS;
+        const uint64_t cols = panels ? (t->cols + PANEL - 1) / PANEL * PANEL : t->cols; /* stored */
+        const uint64_t bytes = t->rows * cols * (type == TYPE_F16 ? 2 : 4);
+        const uint64_t offset = align_up(end); /* as it has to be */
+        if (memcmp(row, t->name, sizeof t->name) != 0)
+            return fail(e, PATCH_E_FORMAT, f->path, "byte %lu: not the tensor %s" CONVERT,
+                        (unsigned long)at, t->name);
+        CHECK(panels ? type == TYPE_PANELS : type < t->rank, at + 48, "tensor type does not fit");
+        CHECK(get_u32(row + 52) == t->rank && get_u32(row + 56) == t->rows &&
+              get_u32(row + 60) == t->cols, at + 52, "tensor shape does not fit the head");
         CHECK(get_u64(row + 64) == offset && get_u32(row + 76) == 0, at + 64,
               "tensor does not begin where the one before it ends");
         end = offset + bytes;
         CHECK(end <= f->map.size, at + 64, "tensor reaches beyond the end of the file");
-        f->tensors[i] = (Tensor){type, (uint32_t)x.rank, (uint32_t)x.rows, (uint32_t)x.cols,
-                                 get_u32(row + 72), (size_t)offset, (size_t)bytes};
+        t->type = type;
+        t->crc = get_u32(row + 72);
+        t->offset = (size_t)offset;
+        t->bytes = (size_t)bytes;
     }
     CHECK(end == f->map.size, end, "bytes follow the last tensor");
     return PATCH_OK;
 }
 
 static int big_endian(void) {
-    const uint16_t one = 1;
-    return *(const unsigned char *)&one == 0;
+    return *(const unsigned char *)&(const uint16_t){1} == 0;
 }
 
 /* n elements from element `at` of a stored row or vector. */
 ALWAYS_INLINE void load_floats(uint32_t type, const unsigned char *p, size_t at, size_t n,
                                float *out) {
-    size_t i;
+    p += (type == TYPE_F16 ? 2 : 4) * at;
     if (type == TYPE_F16)
-        for (p += 2 * at, i = 0; i < n; i++)
+        for (size_t i = 0; i < n; i++)
             out[i] = half_to_float((uint32_t)p[2 * i] | (uint32_t)p[2 * i + 1] << 8);
     else
-        memcpy(out, p + 4 * at, 4 * n);
-    for (i = 0; type != TYPE_F16 && big_endian() && i < n; i++)
-        memcpy(&out[i], &(uint32_t){get_u32(p + 4 * (at + i))}, 4);
+        memcpy(out, p, 4 * n);
+    for (size_t i = 0; type != TYPE_F16 && big_endian() && i < n; i++)
+        memcpy(&out[i], &(uint32_t){get_u32(p + 4 * i)}, 4);
 }
 
 /* One row of a matrix, or a whole vector (row 0), as floats; 0 where it cannot be read. */
 static int weights_row(const ModelFile *f, const Tensor *t, size_t row, float *out,
                        const patch_allocator *a) {
-    const size_t n_rows = t->rank == 1 ? t->rows : 1, n = t->rank == 1 ? t->rows : t->cols;
-    const unsigned char *p = weights(f, t, t->rank == 1 ? 0 : row, n_rows, a);
+    const size_t n_rows = t->rank == 1 ? t->rows : 1; /* stored; a vector has a row an element */
+    const unsigned char *p = weights(f, t, row, n_rows, a);
     if (p != NULL)
-        load_floats(t->type, p, 0, n, out);
+        load_floats(t->type, p, 0, n_rows * t->cols, out);
     if (f->map.bytes == NULL) /* a copy goes; mapped pages stay, for the next row */
         weights_done(f, t, n_rows, p, a);
     return p != NULL;
-}
-
-static void model_file_free(ModelFile *f, const patch_allocator *a) {
-    give(a, f->map.bytes == NULL ? (void *)(uintptr_t)f->front : NULL);
-    map_close(&f->map);
-    give(a, f->path);
-    give(a, f->tensors);
-    memset(f, 0, sizeof *f);
 }
 
 /* ==== 4. Tokenizer ===============================================================================
@@ -703,11 +619,8 @@ static void model_file_free(ModelFile *f, const patch_allocator *a) {
 #define EOT_BYTES (sizeof EOT_TEXT - 1)
 #define NO_TOKEN 0xFFFFFFFFu     /* no id, no rank or no position */
 #define UTF8_INVALID 0xFFFFFFFFu /* no code point: a byte that begins no valid character */
-
-enum { SECTION_HEAD = 16, MERGE_RECORD = 12, MAX_PROBES = 256 };
-enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE }; /* appendix A's numbers */
-
-static int unicode_class(uint32_t code); /* appendix A: generated tables come last */
+enum { SECTION_HEAD = 16, MERGE_RECORD = 12, MAX_PROBES = 256, UNICODE_RUNS = 1610 };
+enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE }; /* appendix A's marks, in order */
 
 /* A checked section, used in place, and what finds things in it. */
 typedef struct Tokenizer {
@@ -718,7 +631,11 @@ typedef struct Tokenizer {
     uint32_t *starts;       /* [n_tokens]: byte of the section at which the token's length stands */
     uint32_t *slots;        /* [slot_mask + 1]: hash table, from pairs to ranks; NO_TOKEN: free */
     uint32_t slot_mask;     /* of the slots, a power of two, at most half are taken */
+    uint32_t runs[UNICODE_RUNS]; /* class << 24 | first code point of a run of that class */
 } Tokenizer;
+
+/* Write out appendix A's runs, in ascending order: generated tables come last. */
+static void unicode_decode(uint32_t runs[UNICODE_RUNS]);
 
 /* A token's bytes and their number; NULL and 0 where the id, which may be any, has none. */
 static const char *tokenizer_token(const Tokenizer *t, int64_t id, size_t *n) {
@@ -733,11 +650,10 @@ static const char *tokenizer_token(const Tokenizer *t, int64_t id, size_t *n) {
    without it would take time in the square of their merges. */
 static uint32_t *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
     const uint64_t odd = 0x9E3779B97F4A7C15u; /* 2^64 / the golden ratio */
-    uint64_t hash = ((uint64_t)left << 32 | right) * odd, end;
-
-    hash = (hash ^ hash >> 32) * odd >> 32; /* the high bits depend on all of the pair */
-    for (end = hash + MAX_PROBES; hash < end; hash++) {
-        uint32_t *slot = &t->slots[hash & t->slot_mask];
+    const uint64_t mixed = ((uint64_t)left << 32 | right) * odd;
+    const uint64_t hash = (mixed ^ mixed >> 32) * odd >> 32; /* high bits depend on all of it */
+    for (uint64_t at = hash; at < hash + MAX_PROBES; at++) {
+        uint32_t *slot = &t->slots[at & t->slot_mask];
         const unsigned char *p = t->merges + (*slot == NO_TOKEN ? 0 : (size_t)*slot * MERGE_RECORD);
         if (*slot == NO_TOKEN || (get_u32(p) == left && get_u32(p + 4) == right))
             return slot;
@@ -751,15 +667,15 @@ static uint32_t *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
         return fail(e, PATCH_E_FORMAT, where, "tokenizer byte %lu: " text CONVERT,                 \
                     (unsigned long)(byte), (unsigned long)(number))
 
-/* tokenizer_read's work on a zeroed *t. After it no text can lead outside of the tables. */
-static patch_status read_section(Tokenizer *t, const unsigned char *p, size_t n, size_t d_vocab,
-                                 const char *where, const patch_allocator *a, patch_error *e) {
+/* Check a section of n bytes, which stays in use, and index it: 8 KB, 4 bytes a token and 8 to 16
+   a merge. After it no text can lead outside of the tables. What it takes goes with tokenizer_free,
+   after an error too: FORMAT or MEMORY. */
+static patch_status tokenizer_read(Tokenizer *t, const unsigned char *p, size_t n, size_t d_vocab,
+                                   const char *where, const patch_allocator *a, patch_error *e) {
     size_t at = SECTION_HEAD, n_slots = 1, length = 0, n_left, n_right;
     const char *token = NULL;
-    uint32_t id;
-
+    *t = (Tokenizer){.section = p};
     CHECK_VOCAB(n >= SECTION_HEAD && n < NO_TOKEN, 0, "a length of %lu cannot be", n);
-    t->section = p;
     t->n_tokens = get_u32(p);
     t->n_merges = get_u32(p + 4);
     t->eot = get_u32(p + 8);
@@ -771,7 +687,7 @@ static patch_status read_section(Tokenizer *t, const unsigned char *p, size_t n,
     if ((t->starts = take(a, t->n_tokens, sizeof *t->starts)) == NULL)
         return no_memory(e, where, t->n_tokens * sizeof *t->starts);
     memset(t->byte_ids, 0xFF, sizeof t->byte_ids); /* NO_TOKEN */
-    for (id = 0; id < t->n_tokens; id++, at += 2 + length) {
+    for (uint32_t id = 0; id < t->n_tokens; id++, at += 2 + length) {
         t->starts[id] = (uint32_t)at;
         if (n - at >= 2) /* else there is not even a length */
             token = tokenizer_token(t, id, &length);
@@ -782,8 +698,8 @@ static patch_status read_section(Tokenizer *t, const unsigned char *p, size_t n,
             *own = id;
         }
     }
-    for (id = 0; id < 256; id++)
-        CHECK_VOCAB(t->byte_ids[id] != NO_TOKEN, 16, "byte value %lu has no token of its own", id);
+    for (int i = 0; i < 256; i++)
+        CHECK_VOCAB(t->byte_ids[i] != NO_TOKEN, 16, "byte value %lu has no token of its own", i);
     token = tokenizer_token(t, t->eot, &length);
     CHECK_VOCAB(t->eot == NO_TOKEN || (length == EOT_BYTES && !memcmp(token, EOT_TEXT, length)), 8,
                 "token %lu is not " EOT_TEXT, t->eot);
@@ -801,11 +717,10 @@ static patch_status read_section(Tokenizer *t, const unsigned char *p, size_t n,
     memset(t->slots, 0xFF, n_slots * sizeof *t->slots); /* NO_TOKEN */
     t->slot_mask = (uint32_t)(n_slots - 1);
     t->merges = p + at;
-    for (id = 0; id < t->n_merges; id++, at += MERGE_RECORD) {
+    for (uint32_t id = 0; id < t->n_merges; id++, at += MERGE_RECORD) {
         const char *left = tokenizer_token(t, get_u32(p + at), &n_left);
         const char *right = tokenizer_token(t, get_u32(p + at + 4), &n_right);
         uint32_t *slot = merge_slot(t, get_u32(p + at), get_u32(p + at + 4));
-
         token = tokenizer_token(t, get_u32(p + at + 8), &length);
         CHECK_VOCAB(left && right && length == n_left + n_right && !memcmp(token, left, n_left) &&
                     !memcmp(token + n_left, right, n_right), at,
@@ -814,6 +729,7 @@ static patch_status read_section(Tokenizer *t, const unsigned char *p, size_t n,
         CHECK_VOCAB(*slot == NO_TOKEN, at, "merge %lu has the pair of an earlier one", id);
         *slot = id;
     }
+    unicode_decode(t->runs);
     return PATCH_OK;
 }
 
@@ -821,19 +737,6 @@ static patch_status read_section(Tokenizer *t, const unsigned char *p, size_t n,
 static void tokenizer_free(Tokenizer *t, const patch_allocator *a) {
     give(a, t->starts);
     give(a, t->slots);
-    memset(t, 0, sizeof *t);
-}
-
-/* Check a section of n bytes, which stays in use, and index it: 1 KB, 4 bytes a token and 8 to 16
-   a merge. After an error, FORMAT or MEMORY, *t is zeroed: no tokens, and nothing to free. */
-static patch_status tokenizer_read(Tokenizer *t, const unsigned char *section, size_t n,
-                                   size_t d_vocab, const char *where, const patch_allocator *a,
-                                   patch_error *e) {
-    patch_status s;
-    memset(t, 0, sizeof *t);
-    if ((s = read_section(t, section, n, d_vocab, where, a, e)) != PATCH_OK)
-        tokenizer_free(t, a);
-    return s;
 }
 
 /* ---- cutting a text into words -------------------------------------------------------------- */
@@ -845,36 +748,44 @@ static uint32_t utf8_next(const unsigned char *s, size_t n, size_t *length) {
     const uint32_t lead = s[0];
     const size_t more = lead < 0x80 ? 0 : lead < 0xE0 ? 1 : lead < 0xF0 ? 2 : 3;
     uint32_t code = more == 0 ? lead : lead & 0x3Fu >> more;
-    size_t i;
-
-    for (i = 1; i <= more && i < n && (s[i] & 0xC0) == 0x80; i++)
+    size_t i = 1;
+    for (; i <= more && i < n && (s[i] & 0xC0) == 0x80; i++)
         code = code << 6 | (s[i] & 0x3Fu);
-    *length = 1;
-    if ((lead >= 0x80 && lead < 0xC0) || lead >= 0xF8 || i <= more || code < least[more] ||
-        code > 0x10FFFF || (code >= 0xD800 && code < 0xE000))
-        return UTF8_INVALID;
-    *length = more + 1;
-    return code;
+    const int bad = (lead >= 0x80 && lead < 0xC0) || lead >= 0xF8 || i <= more ||
+                    code < least[more] || code > 0x10FFFF || (code >= 0xD800 && code < 0xE000);
+    *length = bad ? 1 : more + 1;
+    return bad ? UTF8_INVALID : code;
+}
+
+/* The class of the character at s, of *length bytes. A binary search: run `low` begins at or before
+   its code point, run `high` after it; what lies above Unicode is CLASS_OTHER. */
+static int char_class(const Tokenizer *t, const unsigned char *s, size_t n, size_t *length) {
+    const uint32_t code = utf8_next(s, n, length);
+    size_t low = 0, high = code < UNICODE_RUNS ? code + 1 : UNICODE_RUNS; /* i <= run i */
+    while (high - low > 1) {
+        const size_t middle = (low + high) / 2;
+        if ((t->runs[middle] & 0xFFFFFF) <= code)
+            low = middle;
+        else
+            high = middle;
+    }
+    return (int)(t->runs[low] >> 24);
 }
 
 /* The bytes of the word at s, where a part of a text has n >= 1 more: the expression above. Only of
-   a run of spaces a character is given back, so that cutting a text takes linear time. Appendix A
-   makes CLASS_OTHER of UTF8_INVALID. */
-static size_t word_length(const unsigned char *s, size_t n) {
-    size_t at, length, last = 0, space;
-    int kind;
-
+   a run of spaces a character is given back, so that cutting a text takes linear time. */
+static size_t word_length(const Tokenizer *t, const unsigned char *s, size_t n) {
     if (n >= 2 && s[0] == '\'' && memchr("stmd", s[1], 4) != NULL)
         return 2;
     if (n >= 3 && s[0] == '\'' &&
         (!memcmp(s + 1, "re", 2) || !memcmp(s + 1, "ve", 2) || !memcmp(s + 1, "ll", 2)))
         return 3;
-    space = s[0] == ' ' && n >= 2; /* " ?" takes U+0020 and no other space */
-    kind = unicode_class(utf8_next(s + space, n - space, &length));
+    size_t length, last = 0, space = s[0] == ' ' && n >= 2; /* " ?" takes no other space */
+    const int kind = char_class(t, s + space, n - space, &length);
     if (kind == CLASS_SPACE) /* it is not followed by a word: one more of a run of spaces */
         space = 0;
-    for (at = space; at < n; last = at, at += length)
-        if (unicode_class(utf8_next(s + at, n - at, &length)) != kind)
+    for (size_t at = space; at < n; last = at, at += length)
+        if (char_class(t, s + at, n - at, &length) != kind)
             return kind == CLASS_SPACE && last > 0 ? last : at; /* \s+(?!\S) */
     return n;
 }
@@ -882,34 +793,24 @@ static size_t word_length(const unsigned char *s, size_t n) {
 /* A walk over the words of a text. It remembers the end of the part it is in, so that the text is
    searched for <|endoftext|> only once: a million times "<" must not take a million searches. */
 typedef struct Walk {
-    const unsigned char *text;
-    size_t n, at, part_end; /* part_end: where the next <|endoftext|> begins, n: nowhere */
+    const void *text; /* with its length all that is set before the first step; NULL if n is 0 */
+    size_t n, from, at, part_end; /* part_end: where the next <|endoftext|> begins, n: nowhere */
+    int is_eot;
 } Walk;
 
-/* Set part_end; w->at is where a part begins. */
-static void walk_find_part(const Tokenizer *t, Walk *w) {
-    for (w->part_end = w->at; w->part_end < w->n; w->part_end++)
-        if (t->eot != NO_TOKEN && w->n - w->part_end >= EOT_BYTES &&
-            memcmp(w->text + w->part_end, EOT_TEXT, EOT_BYTES) == 0)
-            return;
-}
-
-/* A walk before its first step. Without bytes, text may be NULL. */
-static Walk walk_begin(const Tokenizer *t, const char *text, size_t n) {
-    Walk w = {(const unsigned char *)text, n, 0, 0};
-    walk_find_part(t, &w);
-    return w;
-}
-
-/* Step over bytes *from .. w->at - 1, a word or (*is_eot) an <|endoftext|>. 0: the text ends. */
-static int walk_next(const Tokenizer *t, Walk *w, size_t *from, int *is_eot) {
+/* Step over bytes w->from .. w->at - 1, a word or an <|endoftext|> (is_eot). 0: the text ends. */
+static int walk_next(const Tokenizer *t, Walk *w) {
+    const unsigned char *text = w->text;
+    w->from = w->at;
     if (w->at == w->n)
         return 0;
-    *from = w->at;
-    *is_eot = w->at == w->part_end;
-    w->at += *is_eot ? EOT_BYTES : word_length(w->text + w->at, w->part_end - w->at);
-    if (*is_eot)
-        walk_find_part(t, w);
+    while (w->part_end < w->n && (t->eot == NO_TOKEN || w->n - w->part_end < EOT_BYTES ||
+                                  memcmp(text + w->part_end, EOT_TEXT, EOT_BYTES) != 0))
+        w->part_end++;
+    w->is_eot = w->at == w->part_end;
+    if (w->is_eot)
+        w->part_end += EOT_BYTES; /* from there on the next one is looked for */
+    w->at += w->is_eot ? EOT_BYTES : word_length(t, text + w->at, w->part_end - w->at);
     return 1;
 }
 
@@ -931,9 +832,7 @@ static void set_pair(const Tokenizer *t, Merger *m, size_t n, uint32_t at) {
     const uint32_t behind = m->next[at];
     const uint32_t *slot = behind == NO_TOKEN ? NULL : merge_slot(t, m->ids[at], m->ids[behind]);
     uint64_t least = slot == NULL || *slot == NO_TOKEN ? UINT64_MAX : (uint64_t)*slot << 32 | at;
-    size_t k;
-
-    for (k = n + at; k > 0 && m->tree[k] != least; k /= 2) {
+    for (size_t k = n + at; k > 0 && m->tree[k] != least; k /= 2) {
         m->tree[k] = least;
         least = least < m->tree[k ^ 1] ? least : m->tree[k ^ 1]; /* tree[0] is all ones */
     }
@@ -947,7 +846,7 @@ static void put_id(Merger *m, uint32_t id) {
 
 /* Put out the ids of a word of n >= 1 bytes, in O(n log n) steps. */
 static void merge_word(const Tokenizer *t, Merger *m, const unsigned char *word, size_t n) {
-    uint32_t at, behind;
+    uint32_t at;
     memset(m->tree, 0xFF, 2 * n * sizeof *m->tree);
     for (at = 0; at < n; at++) {
         m->ids[at] = t->byte_ids[word[at]];
@@ -957,8 +856,8 @@ static void merge_word(const Tokenizer *t, Merger *m, const unsigned char *word,
             set_pair(t, m, n, at - 1);
     }
     while ((at = (uint32_t)m->tree[1]) != NO_TOKEN) {
+        const uint32_t behind = m->next[at];
         m->ids[at] = get_u32(t->merges + (size_t)(m->tree[1] >> 32) * MERGE_RECORD + 8);
-        behind = m->next[at];
         m->next[at] = m->next[behind];
         m->next[behind] = NO_TOKEN; /* it is joined: no pair begins there any more */
         if (m->next[at] != NO_TOKEN)
@@ -985,15 +884,11 @@ static patch_status fit(size_t n, size_t capacity, const char *unit, patch_error
 static patch_status tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int *ids,
                                      size_t capacity, size_t *n_ids, const patch_allocator *a,
                                      patch_error *e) {
-    Merger m = {NULL, NULL, NULL, NULL, ids, 0, capacity};
-    size_t longest = 0, from, bytes = SIZE_MAX;
-    Walk w = walk_begin(t, text, n);
-    int is_eot;
-
+    Merger m = {.out = ids, .capacity = capacity};
+    size_t longest = 0, bytes = SIZE_MAX;
     *n_ids = 0;
-    while (walk_next(t, &w, &from, &is_eot))
-        if (!is_eot && w.at - from > longest)
-            longest = w.at - from;
+    for (Walk w = {.text = text, .n = n}; walk_next(t, &w);)
+        longest = !w.is_eot && w.at - w.from > longest ? w.at - w.from : longest;
     if (longest < NO_TOKEN && size_times(longest, 2 * sizeof *m.tree + 3 * sizeof *m.ids, &bytes))
         m.tree = take(a, bytes, 1);
     if (m.tree == NULL)
@@ -1001,11 +896,11 @@ static patch_status tokenizer_encode(const Tokenizer *t, const char *text, size_
     m.ids = (uint32_t *)(void *)(m.tree + 2 * longest); /* the widest come first: all aligned */
     m.previous = m.ids + longest;
     m.next = m.previous + longest;
-    for (w = walk_begin(t, text, n); walk_next(t, &w, &from, &is_eot);)
-        if (is_eot)
+    for (Walk w = {.text = text, .n = n}; walk_next(t, &w);)
+        if (w.is_eot)
             put_id(&m, t->eot);
         else
-            merge_word(t, &m, w.text + from, w.at - from);
+            merge_word(t, &m, (const unsigned char *)text + w.from, w.at - w.from);
     give(a, m.tree);
     *n_ids = m.n_out;
     return fit(m.n_out, capacity, "ids", e);
@@ -1070,11 +965,14 @@ typedef struct Kernels {
 /* Do `statement` for each element i + j = 0 .. n-1, j its lane: 16 at a time, then the rest. At -O2
    gcc vectorises a loop only where the length is known and leaves no rest. */
 #define IN_LANES(n, statement)                                                                     \
-    for (i = 0; i + LANES <= (n); i += LANES)                                                      \
-        for (j = 0; j < LANES; j++)                                                                \
+    {                                                                                              \
+        size_t i = 0;                                                                              \
+        for (; i + LANES <= (n); i += LANES)                                                       \
+            for (size_t j = 0; j < LANES; j++)                                                     \
+                statement                                                                          \
+        for (size_t j = 0; i + j < (n); j++)                                                       \
             statement                                                                              \
-    for (j = 0; i + j < (n); j++)                                                                  \
-        statement
+    }
 
 typedef union Bits { /* a float and what it is made of */
     float f;
@@ -1094,21 +992,19 @@ ALWAYS_INLINE uint32_t clamp_bits(uint32_t u, uint32_t from, uint32_t to) {
    6. No branch, so that the compiler turns 16 of them into vectors. */
 ALWAYS_INLINE float exp_float(float input) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it leaves an integer in the low bits */
-    Bits x = {input}, t, half, rest;
-    float r, p;
-    int32_t n;
-
+    Bits x = {input};
     x.u = clamp_bits(x.u, 0x42B20000u, 0x7F800000u); /* 89 .. infinity become 89 */
     x.u = clamp_bits(x.u, 0xC2D00000u, 0xFF800000u); /* -104 .. -infinity become -104 */
-    t.f = x.f * 1.44269504f + magic;
-    n = (int32_t)t.u - 0x4B400000; /* less the bits of magic itself */
-    r = x.f - (t.f - magic) * 0.693359375f - (t.f - magic) * -2.12194440e-4f;
-    p = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f;
+    const Bits t = {x.f * 1.44269504f + magic};
+    const int32_t n = (int32_t)t.u - 0x4B400000; /* less the bits of magic itself */
+    const float r = x.f - (t.f - magic) * 0.693359375f - (t.f - magic) * -2.12194440e-4f;
+    float p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = (p * r + 8.3334519073e-3f) * r + 4.1665795894e-2f;
     p = (p * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    half.u = (uint32_t)((n >> 1) + 127) << 23;     /* 2^n in two factors, so that results */
-    rest.u = (uint32_t)(n - (n >> 1) + 127) << 23; /* below 2^-126 come out denormal */
-    return p * half.f * rest.f;
+    const Bits half = {.u = (uint32_t)((n >> 1) + 127) << 23};     /* 2^n in two factors, so that */
+    const Bits rest = {.u = (uint32_t)(n - (n >> 1) + 127) << 23}; /* results below 2^-126 come */
+    return p * half.f * rest.f;                                    /* out denormal */
 }
 
 /* gelu_new(x) = x (1 + tanh u) / 2 = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3): one exp
@@ -1120,33 +1016,30 @@ ALWAYS_INLINE float gelu_new(float x) {
 
 /* x [n] = act_fn(x): the head's field of that name in chapter 3. */
 ALWAYS_INLINE void activate_body(uint32_t act_fn, float *x, size_t n) {
-    size_t i, j;
     if (act_fn == 0) {
         IN_LANES(n, x[i + j] = gelu_new(x[i + j]);)
     } else if (act_fn == 1) { /* the exact GELU, with libm's erf in double */
-        for (i = 0; i < n; i++)
+        for (size_t i = 0; i < n; i++)
             x[i] = (float)(0.5 * (double)x[i] * (1.0 + erf((double)x[i] * 0.70710678118654752440)));
     } else {
-        for (i = 0; i < n; i++)
+        for (size_t i = 0; i < n; i++)
             x[i] = x[i] > 0.0f ? x[i] : x[i] * 0.0f; /* NaN stays NaN */
     }
 }
 
 /* x[i] = e^(x[i] - subtract) */
 ALWAYS_INLINE void exponentials_body(float *x, size_t n, float subtract) {
-    size_t i, j;
     IN_LANES(n, x[i + j] = exp_float(x[i + j] - subtract);)
 }
 
 /* Sum of (x - mean)^power, power 1 or 2, in double and 16 lanes, which are then added as a tree. */
 ALWAYS_INLINE double sum_power(const float *x, size_t n, double mean, int power) {
     double lane[LANES] = {0};
-    size_t i, j;
     IN_LANES(n, {
         const double d = (double)x[i + j] - mean;
         lane[j] += power == 1 ? d : d * d;
     })
-    for (j = 0; j < 8; j++)
+    for (size_t j = 0; j < 8; j++)
         lane[j] += lane[j + 8];
     return ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
            ((lane[1] + lane[5]) + (lane[3] + lane[7]));
@@ -1165,49 +1058,44 @@ ALWAYS_INLINE void norm_scale_body(const float *x, size_t n, double eps, float *
 ALWAYS_INLINE void normalize_body(const float *x, size_t n, float scale, const float *w,
                                   const float *b, float *y) {
     const double mean = mean_body(x, n), inverse = 1.0 / (double)scale;
-    size_t i, j;
     IN_LANES(n, y[i + j] = (float)(((double)x[i + j] - mean) * inverse);)
-    for (i = 0; w != NULL && i < n; i++)
+    for (size_t i = 0; w != NULL && i < n; i++)
         y[i] = y[i] * w[i] + b[i];
 }
 
 /* out [n] = q . k[t] / divisor, for one head: d elements from element `at` of each key. */
 ALWAYS_INLINE void scores_body(const float *q, const float *const *k, size_t at, size_t n, size_t d,
                                float divisor, float *out) {
-    size_t t, i, j;
-    for (t = 0; t < n; t++) {
+    for (size_t t = 0; t < n; t++) {
         const float *key = k[t] + at;
         float lane[LANES] = {0}; /* sums of every 16th product, then added as a tree */
         IN_LANES(d, lane[j] += q[i + j] * key[i + j];)
-        for (i = LANES / 2; i > 0; i /= 2)
-            for (j = 0; j < i; j++)
-                lane[j] += lane[j + i];
+        for (size_t half = LANES / 2; half > 0; half /= 2)
+            for (size_t j = 0; j < half; j++)
+                lane[j] += lane[j + half];
         out[t] = lane[0] / divisor;
     }
 }
 
 /* y [n] += c x [n]. A function, since gcc believes `restrict` of parameters only. */
 ALWAYS_INLINE void add_times(float *restrict y, float c, const float *restrict x, size_t n) {
-    size_t i, j;
     IN_LANES(n, y[i + j] += c * x[i + j];)
 }
 
 /* z [d] = sum over n sources of pattern[t] v[t], for one head: d elements from element `at`. */
 ALWAYS_INLINE void mix_body(const float *pattern, const float *const *v, size_t at, size_t n,
                             size_t d, float *z) {
-    size_t t;
     memset(z, 0, d * sizeof *z);
-    for (t = 0; t < n; t++)
+    for (size_t t = 0; t < n; t++)
         add_times(z, pattern[t], v[t] + at, d);
 }
 
 /* out [16] = row i of a panel's columns, zeros where there are none. */
 ALWAYS_INLINE void panel_row(const PanelSource *s, size_t i, float *out) {
     const size_t at = i * s->stride + s->column;
-    size_t j;
     memset(out, 0, PANEL * sizeof *out);
     if (s->transposed) /* an element from each of 16 rows */
-        for (j = 0; j < s->columns; j++)
+        for (size_t j = 0; j < s->columns; j++)
             load_floats(s->type, s->bytes, (s->column + j) * s->stride + i, 1, &out[j]);
     else if (s->dense != NULL)
         memcpy(out, s->dense + at, s->columns * sizeof *out);
@@ -1221,50 +1109,45 @@ ALWAYS_INLINE void panel_row(const PanelSource *s, size_t i, float *out) {
    taken in double, so that folding costs less accuracy than TransformerLens's in float32. */
 ALWAYS_INLINE void pack_body(const PanelSource *s, float *panel, double *bias) {
     double mean[PANEL] = {0}, sum[PANEL] = {0}; /* of the columns; and shift . W */
-    float minus[PANEL];
-    size_t i, j;
-    for (i = 0; i < s->k; i++)
+    for (size_t i = 0; i < s->k; i++)
         panel_row(s, i, panel + i * PANEL);
-    for (i = 0; (s->shift != NULL || s->scale != NULL) && i < s->k; i++) {
+    for (size_t i = 0; (s->shift != NULL || s->scale != NULL) && i < s->k; i++) {
         const double center = s->center ? s->center[i] : 0.0, shift = s->shift ? s->shift[i] : 0.0;
         const double scale = s->scale ? (double)s->scale[i] : 0.0; /* 0: the columns' means stay */
-        for (j = 0; j < PANEL; j++) {
+        for (size_t j = 0; j < PANEL; j++) {
             const double w = (double)panel[i * PANEL + j] - center;
             sum[j] += shift * w; /* the unscaled W: a LayerNorm's bias is added after its weight */
             mean[j] += scale * w;
         }
     }
-    for (j = 0; j < PANEL; j++) {
+    for (size_t j = 0; j < PANEL; j++)
         bias[j] += sum[j];
-        mean[j] /= (double)s->k;
-    }
     if (s->center == NULL && s->scale == NULL && s->center_after == NULL)
         return; /* the panel is already what was stored */
-    for (j = 0; j < PANEL; j++)
-        minus[j] = (float)mean[j];
-    for (i = 0; i < s->k; i++) {
+    float minus[PANEL];
+    for (size_t j = 0; j < PANEL; j++)
+        minus[j] = (float)(mean[j] / (double)s->k);
+    for (size_t i = 0; i < s->k; i++) {
         float *row = panel + i * PANEL;
         const float center = s->center ? (float)s->center[i] : 0.0f;
         const float scale = s->scale ? s->scale[i] : 1.0f;
         const float after = s->center_after ? (float)s->center_after[i] : 0.0f;
-
-        for (j = 0; j < PANEL; j++)
+        for (size_t j = 0; j < PANEL; j++)
             row[j] = (row[j] - center) * scale - (minus[j] + after);
-        for (j = s->columns; j < PANEL; j++)
+        for (size_t j = s->columns; j < PANEL; j++)
             row[j] = 0; /* again: the lines above made it -center and the like */
     }
 }
 
 /* The algorithmic reference of every tile kernel: rows * cols sums, each for itself. */
 ALWAYS_INLINE void plain_body(TILE_PARAMETERS, size_t rows, size_t cols) {
-    size_t i, j, from, kk;
-    for (i = 0; i < rows; i++)
-        for (j = 0; j < cols; j++) {
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < cols; j++) {
             const float *column = b + j / PANEL * panel + j % PANEL; /* [k], 16 floats apart */
             float total = 0;
-            for (from = 0; from < k; from += K_BLOCK) {
+            for (size_t from = 0; from < k; from += K_BLOCK) {
                 float sum = 0; /* of one block */
-                for (kk = from; kk < k && kk < from + K_BLOCK; kk++)
+                for (size_t kk = from; kk < k && kk < from + K_BLOCK; kk++)
                     sum += a[i][kk] * column[kk * PANEL];
                 total += sum;
             }
@@ -1280,27 +1163,24 @@ ALWAYS_INLINE void plain_body(TILE_PARAMETERS, size_t rows, size_t cols) {
     target static void name(TILE_PARAMETERS) {                                                     \
         enum { LANE = sizeof(Vec) / sizeof(float) }; /* floats of a vector */                      \
         Vec total[ROWS][VECTORS] = {{{0}}};          /* of all blocks */                           \
-        size_t from, kk;                                                                           \
-        int i, j;                                                                                  \
-                                                                                                   \
-        for (from = 0; from < k; from += K_BLOCK) {                                                \
+        for (size_t from = 0; from < k; from += K_BLOCK) {                                         \
             const size_t end = k - from < K_BLOCK ? k : from + K_BLOCK;                            \
             Vec sum[ROWS][VECTORS] = {{{0}}}; /* of this block */                                  \
-            for (kk = from; kk < end; kk++) {                                                      \
+            for (size_t kk = from; kk < end; kk++) {                                               \
                 Vec row[VECTORS]; /* of b, over one or more panels */                              \
-                UNROLL for (j = 0; j < VECTORS; j++)                                               \
+                UNROLL for (int j = 0; j < VECTORS; j++)                                           \
                     row[j] = *(const Vec *)(b + (size_t)(j * LANE / PANEL) * panel +               \
                                             kk * PANEL + j * LANE % PANEL);                        \
-                UNROLL for (i = 0; i < ROWS; i++)                                                  \
-                    UNROLL for (j = 0; j < VECTORS; j++)                                           \
+                UNROLL for (int i = 0; i < ROWS; i++)                                              \
+                    UNROLL for (int j = 0; j < VECTORS; j++)                                       \
                         sum[i][j] += a[i][kk] * row[j];                                            \
             }                                                                                      \
-            UNROLL for (i = 0; i < ROWS; i++)                                                      \
-                UNROLL for (j = 0; j < VECTORS; j++)                                               \
+            UNROLL for (int i = 0; i < ROWS; i++)                                                  \
+                UNROLL for (int j = 0; j < VECTORS; j++)                                           \
                     total[i][j] += sum[i][j];                                                      \
         }                                                                                          \
-        for (i = 0; i < ROWS; i++)                                                                 \
-            for (j = 0; j < VECTORS; j++)                                                          \
+        for (int i = 0; i < ROWS; i++)                                                             \
+            for (int j = 0; j < VECTORS; j++)                                                      \
                 *(Vec *)(y + (size_t)i * ldy + j * LANE) =                                         \
                     total[i][j] + *(const Vec *)(bias + j * LANE);                                 \
     }
@@ -1393,6 +1273,7 @@ struct patch_model {
     TileKernel tile; /* the tier's tuned kernel, or its plain one */
     size_t max_k;    /* the longest column of any matrix */
     float *factored; /* step 5: [L] of W_Q, W_K, W_V, W_O [C,C], b_Q, b_K, b_V, b_O [C]; or NULL */
+    char path[];     /* file.path's */
 };
 typedef struct patch_model Model;
 
@@ -1428,12 +1309,12 @@ typedef struct Work {
 static patch_status work_begin(Work *w, const Model *m, Pool *pool, patch_stats *stats,
                                patch_error *e) {
     const size_t chunk = m->file.V < VOCAB_CHUNK ? m->file.V : VOCAB_CHUNK;
-    *w = (Work){.m = m, .pool = pool, .stats = stats};
-    w->panels = pool_take(pool, (size_t)m->threads * m->max_k * STEP, sizeof(float));
-    w->scale = pool_take(pool, 2 * m->max_k, sizeof(float));
-    w->shift = pool_take(pool, m->max_k, sizeof(double));
-    w->center = pool_take(pool, m->max_k, sizeof(double));
-    w->bias = pool_take(pool, m->max_k > chunk ? m->max_k : chunk, sizeof(double));
+    *w = (Work){.m = m, .pool = pool, .stats = stats,
+                .panels = pool_take(pool, (size_t)m->threads * m->max_k * STEP, sizeof(float)),
+                .scale = pool_take(pool, 2 * m->max_k, sizeof(float)),
+                .shift = pool_take(pool, m->max_k, sizeof(double)),
+                .center = pool_take(pool, m->max_k, sizeof(double)),
+                .bias = pool_take(pool, m->max_k > chunk ? m->max_k : chunk, sizeof(double))};
     return w->panels && w->scale && w->shift && w->center && w->bias
                ? PATCH_OK : no_memory(e, "scratch", pool->refused);
 }
@@ -1444,7 +1325,7 @@ static int team(const Model *m, double work) {
 }
 
 static patch_status unreadable(const Model *m, patch_error *e) {
-    return fail(e, PATCH_E_IO, m->file.path ? m->file.path : "model",
+    return fail(e, PATCH_E_IO, m->file.path,
                 "weights cannot be read, or there is no memory for them; check the file");
 }
 
@@ -1455,19 +1336,17 @@ static Linear layer_linear(const Model *m, size_t layer, int which) {
     const ModelFile *f = &m->file;
     const size_t C = f->C, at = (size_t)which * C; /* where Q, K, V, O begin, side by side */
     const int reads_norm = which != LINEAR_O && which != LINEAR_OUT; /* else it writes the stream */
-    const int processed = (f->processing & DID_FOLD) != 0;
-    Linear l = {.k = which == LINEAR_OUT ? f->M : C, .n = which == LINEAR_IN ? f->M : C};
-
-    l.rows = l.k;
+    const size_t k = which == LINEAR_OUT ? f->M : C;
+    Linear l = {.k = k, .rows = k, .n = which == LINEAR_IN ? f->M : C};
     if (m->factored != NULL && which <= LINEAR_O) {
         const float *p = m->factored + layer * 4 * (C * C + C);
         l.dense = p + at * C;
         l.dense_bias = p + 4 * C * C + at;
         return l;
     }
-    l.matrix = layer_tensor(f, layer, processed ? folded[which] : raw[which]);
+    l.matrix = layer_tensor(f, layer, f->processing ? folded[which] : raw[which]);
     l.bias = l.matrix + 1; /* in the file's order */
-    if (processed) /* nothing is left to do */
+    if (f->processing) /* nothing is left to do */
         return l;
     l.column = which <= LINEAR_V ? at : 0; /* of c_attn */
     if (reads_norm && (m->steps & DID_FOLD_LN)) {
@@ -1482,10 +1361,9 @@ static Linear layer_linear(const Model *m, size_t layer, int which) {
 
 /* out [n] += a stored vector from `column` on, by way of the panels' place; 0: it is unreadable. */
 static int add_vector(const Work *w, const Tensor *t, size_t column, size_t n, double *out) {
-    size_t i;
     if (!weights_row(&w->m->file, t, 0, w->panels, w->pool->a))
         return 0;
-    for (i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++)
         out[i] += (double)w->panels[column + i];
     return 1;
 }
@@ -1495,13 +1373,11 @@ static int add_vector(const Work *w, const Tensor *t, size_t column, size_t n, d
 static int linear_begin(const Work *w, const Linear *l, const unsigned char *bytes,
                         PanelSource *s) {
     double mean = 0; /* of the bias */
-    size_t i;
-
     *s = (PanelSource){.bytes = bytes, .dense = l->dense ? l->dense + l->first_row * l->n : NULL,
                        .type = l->matrix ? l->matrix->type : TYPE_F32, .k = l->k,
                        .stride = l->matrix ? l->matrix->cols : l->n, .transposed = l->transposed,
                        .shift = l->shift, .center_after = l->center_after};
-    for (i = 0; i < l->n; i++)
+    for (size_t i = 0; i < l->n; i++)
         w->bias[i] = l->dense_bias ? (double)l->dense_bias[i] : 0;
     if (l->bias != NULL && !add_vector(w, l->bias, l->column, l->n, w->bias))
         return 0;
@@ -1521,11 +1397,11 @@ static int linear_begin(const Work *w, const Linear *l, const unsigned char *byt
             w->center[k] = w->m->kernels->mean(row, l->n);
         }
         s->center = w->center;
-        for (i = 0; i < l->n; i++)
+        for (size_t i = 0; i < l->n; i++)
             mean += w->bias[i];
         mean /= (double)l->n;
     }
-    for (i = 0; i < l->n; i++) /* of the two centerings, at most one is wanted */
+    for (size_t i = 0; i < l->n; i++) /* of the two centerings, at most one is wanted */
         w->bias[i] -= mean + l->bias_after;
     return 1;
 }
@@ -1534,19 +1410,17 @@ static int linear_begin(const Work *w, const Linear *l, const unsigned char *byt
 static void linear_panel(const Work *w, const Linear *l, const PanelSource *s, size_t panel,
                          float *out) {
     const size_t first = panel * PANEL;
-    PanelSource mine = *s;
     double bias[PANEL] = {0};
-    size_t j;
-
-    mine.column = l->column + first;
-    mine.columns = l->n - first < PANEL ? l->n - first : PANEL;
     if (first >= l->n)
         memset(out, 0, l->k * PANEL * sizeof *out);
     else if (s->type == TYPE_PANELS) /* a processed file's, as it stands */
         load_floats(TYPE_F32, s->bytes, first * l->rows + l->first_row * PANEL, l->k * PANEL, out);
     else {
+        PanelSource mine = *s;
+        mine.column = l->column + first;
+        mine.columns = l->n - first < PANEL ? l->n - first : PANEL;
         w->m->kernels->pack(&mine, out, bias);
-        for (j = 0; j < mine.columns; j++)
+        for (size_t j = 0; j < mine.columns; j++)
             w->bias[first + j] += bias[j];
     }
 }
@@ -1566,23 +1440,21 @@ static void linear_columns(const Work *w, const Linear *l, const Rows *r, size_t
     const size_t high = w->m->kernels->rows, wide = w->m->kernels->cols; /* of a tile */
     float bias[STEP] = {0}, tile[MAX_TILE_ROWS * STEP];                  /* tile [high,wide] */
     const float *a[MAX_TILE_ROWS];                                       /* [high] rows of x */
-    size_t sub, top, i, j;
-
-    for (j = 0; j < cols; j++)
+    for (size_t j = 0; j < cols; j++)
         bias[j] = l->drop_bias ? 0.0f : (float)w->bias[first + j];
-    for (sub = 0; sub < cols; sub += wide)
-        for (top = 0; top < r->n; top += high) {
+    for (size_t sub = 0; sub < cols; sub += wide)
+        for (size_t top = 0; top < r->n; top += high) {
             const size_t rows = r->n - top < high ? r->n - top : high;
             const size_t n = cols - sub < wide ? cols - sub : wide; /* that exist, as `rows` */
             const int whole = rows == high && n == wide; /* else by way of `tile` */
             float *y = r->y + top * r->ldy + first + sub;
-            for (i = 0; i < high; i++) { /* rows that do not exist repeat the last one */
+            for (size_t i = 0; i < high; i++) { /* rows that do not exist repeat the last one */
                 const size_t row = top + (i < rows ? i : rows - 1);
                 a[i] = r->x + (r->index ? (size_t)r->index[row] : row) * r->ldx;
             }
             w->m->tile(l->k, a, b + sub / PANEL * panel + sub % PANEL, panel, bias + sub,
                        whole ? y : tile, whole ? r->ldy : wide);
-            for (i = 0; i < rows && !whole; i++)
+            for (size_t i = 0; i < rows && !whole; i++)
                 memcpy(y + i * r->ldy, tile + i * wide, n * sizeof *y);
         }
 }
@@ -1600,26 +1472,22 @@ static patch_status linear(const Work *w, const Linear *l, const Rows *r, float 
     const unsigned char *bytes =
         t ? weights(&m->file, t, whole ? 0 : l->first_row, n_rows, w->pool->a) : NULL;
     const int last = t == NULL || l->transposed || l->column + l->n == t->cols; /* of c_attn: V */
-    const long groups = (long)((l->n + STEP - 1) / STEP);
     const double size = (double)l->k * (double)l->n;
     PanelSource s;
-
     if ((t != NULL && bytes == NULL) || !linear_begin(w, l, bytes, &s)) {
         weights_done(&m->file, t, n_rows, bytes, w->pool->a);
         return unreadable(m, e);
     }
     PARALLEL(team(m, (double)(r ? r->n + 8 : 8) * size), schedule(dynamic))
-    for (long g = 0; g < groups; g++) {
+    for (long g = 0; g < (long)((l->n + STEP - 1) / STEP); g++) {
         const size_t at = (size_t)g * STEP, cols = l->n - at < STEP ? l->n - at : STEP;
         float *scratch = keep ? keep + at * l->k
                               : w->panels + (size_t)thread_number() * m->max_k * STEP;
         const float *b = scratch; /* [panels][k][16] */
-        size_t p;
-
         if (whole && !keep && !big_endian() && cols % m->kernels->cols == 0) /* in place */
             b = (const float *)(const void *)bytes + at * l->rows + l->first_row * PANEL;
         else
-            for (p = 0; p < STEP / PANEL && (!keep || p * PANEL < cols); p++)
+            for (size_t p = 0; p < STEP / PANEL && (!keep || p * PANEL < cols); p++)
                 linear_panel(w, l, &s, at / PANEL + p, scratch + p * l->k * PANEL);
         if (!keep && r->n > 0)
             linear_columns(w, l, r, at, cols, b, (b == scratch ? l->k : l->rows) * PANEL);
@@ -1647,44 +1515,53 @@ patch_options patch_options_default(void) {
 static patch_status factor_model(Model *m, patch_error *e); /* step 5: chapter 11.1 */
 #endif
 
-/* What follows from the file and the options, step 5 included. */
+/* What follows from the file and the options, step 5 included. A processed file has had its steps:
+   the default options, which nobody need have asked for, give way to them; others have to agree. */
 static patch_status settle_model(Model *m, patch_error *e) {
     const ModelFile *f = &m->file;
-    const int folded = (f->processing & DID_FOLD) != 0, most = thread_ceiling();
+    const uint32_t defaults =
+        DID_FOLD_LN | DID_CENTER_WRITING | DID_CENTER_UNEMBED | DID_FOLD_VALUES;
     patch_options *o = &m->options;
     int *const on[] = {&o->fold_ln, &o->center_writing_weights, &o->center_unembed,
                        &o->fold_value_biases, &o->refactor_factored_attn_matrices};
-    size_t i;
-
-    for (i = 0; i < sizeof on / sizeof on[0]; i++) { /* bit i of `processing` */
-        if (folded) /* it has had its steps, whatever the options ask for */
-            *on[i] = (f->processing >> i & 1) != 0;
+    for (size_t i = 0; i < sizeof on / sizeof on[0]; i++) /* bit i of `processing` */
         m->steps |= *on[i] ? 1u << i : 0u;
-    }
+    if (f->processing && m->steps != defaults && m->steps != f->processing - DID_FOLD)
+        return fail(e, PATCH_E_INPUT, f->path,
+                    "a folded model has had its weight processing, and another one is asked for; "
+                    "leave the processing options out or open the model that was folded");
+    for (size_t i = 0; f->processing && i < sizeof on / sizeof on[0]; i++)
+        *on[i] = (f->processing >> i & 1) != 0;
+    m->steps = f->processing ? f->processing - DID_FOLD : m->steps;
     m->has_tokenizer = f->tokenizer_bytes > 0;
     m->kernels = choose_kernels();
     m->tile = o->plain ? m->kernels->plain : m->kernels->tile;
     m->threads = o->threads > 0 ? o->threads : max_threads(); /* 0: as many as there are */
-    m->threads = m->threads < most ? m->threads : most;
+    m->threads = m->threads < THREAD_CEILING ? m->threads : THREAD_CEILING;
     m->max_k = f->M > f->C ? f->M : f->C;
     m->dims = (patch_dims){
         .n_layers = (int)f->L, .n_heads = (int)f->H, .d_model = (int)f->C, .d_head = (int)f->D,
         .d_mlp = (int)f->M, .n_ctx = (int)f->N, .d_vocab = (int)f->V, .act_fn = (int)f->act_fn,
         .bos = m->has_tokenizer && m->tokenizer.eot != NO_TOKEN ? (int)m->tokenizer.eot : -1,
-        .eps = f->eps, .file_bytes = (double)f->map.size, .folded = folded, .threads = m->threads,
-        .dtype = f->tensors[0].type == TYPE_F16, .kernels = o->plain ? "plain" : m->kernels->name};
-    for (i = 0; i < f->n_tensors; i++)
+        .eps = f->eps, .file_bytes = (double)f->map.size, .folded = f->processing != 0,
+        .threads = m->threads, .dtype = f->tensors[0].type == TYPE_F16,
+        .kernels = o->plain ? "plain" : m->kernels->name};
+    for (size_t i = 0; i < f->n_tensors; i++)
         m->dims.parameters += (double)f->tensors[i].rows * f->tensors[i].cols;
-    return (m->steps & DID_REFACTOR) && !folded ? factor_model(m, e) : PATCH_OK;
+    return (m->steps & DID_REFACTOR) && !f->processing ? factor_model(m, e) : PATCH_OK;
 }
 
 void patch_model_free(patch_model *m) {
     if (m == NULL)
         return;
-    tokenizer_free(&m->tokenizer, &m->allocator); /* all three may be half built, or zero */
-    give(&m->allocator, m->factored);
-    model_file_free(&m->file, &m->allocator);
-    give(&m->allocator, m); /* which has read the allocator before it goes */
+    const patch_allocator *a = &m->allocator; /* all of the model may be half built, or zero */
+    tokenizer_free(&m->tokenizer, a);
+    give(a, m->factored);
+    if (m->file.map.bytes == NULL)
+        give(a, (void *)(uintptr_t)m->file.front); /* a copy */
+    map_close(&m->file.map);
+    give(a, m->file.tensors);
+    give(a, m); /* which has read the allocator before it goes */
 }
 
 /* The model in the file at `path` or, where that is NULL, in n bytes of memory. */
@@ -1694,30 +1571,26 @@ static patch_status model_load(const char *path, const void *bytes, size_t n,
     const patch_allocator standard = {default_alloc, default_free, NULL};
     const patch_allocator a = o.allocator.alloc ? o.allocator : standard;
     const char *where = path ? path : "memory";
-    const unsigned char *front = NULL; /* head, table and tokenizer */
-    Model *m = take_zeroed(&a, 1, sizeof *m);
+    Model *m = take_zeroed(&a, 1, sizeof *m + strlen(where) + 1);
     patch_status s;
-
     *model = NULL;
     if (m == NULL)
         return no_memory(e, where, sizeof *m);
+    ModelFile *f = &m->file;
     m->options = o;
     m->allocator = a;
-    m->file.map = (Map){bytes, n, 0}; /* map_open puts its own in the place of this */
-    if (path != NULL && (m->file.path = take(&a, strlen(path) + 1, 1)) == NULL)
-        s = no_memory(e, path, sizeof *m);
-    else if (path != NULL && !map_open(strcpy(m->file.path, path), &m->file.map))
+    f->path = strcpy(m->path, where);
+    f->map = (Map){bytes, n, 0}; /* map_open puts its own in the place of this */
+    if (path != NULL && !map_open(path, &f->map))
         s = fail(e, PATCH_E_IO, path,
                  "cannot open the model (%s); check -m or make one with convert_weights.py",
                  errno == EINVAL ? "not an ordinary file, or empty" : strerror(errno));
     else
-        s = read_front(&m->file, &front, where, &a, e);
-    if (s == PATCH_OK && m->file.tokenizer_bytes > 0) /* it is used where it lies */
-        s = tokenizer_read(&m->tokenizer, front + m->file.tokenizer_at, m->file.tokenizer_bytes,
-                           m->file.V, where, &a, e);
-    if (s == PATCH_OK)
-        s = settle_model(m, e);
-    if (s == PATCH_OK)
+        s = read_front(f, &a, e);
+    if (s == PATCH_OK && f->tokenizer_bytes > 0) /* it is used where it lies */
+        s = tokenizer_read(&m->tokenizer, f->front + f->tokenizer_at, f->tokenizer_bytes, f->V,
+                           where, &a, e);
+    if (s == PATCH_OK && (s = settle_model(m, e)) == PATCH_OK)
         *model = m;
     else
         patch_model_free(m);
@@ -1732,6 +1605,8 @@ patch_status patch_model_open(const char *path, const patch_options *options, pa
 patch_status patch_model_from_memory(const void *bytes, size_t n, const patch_options *options,
                                      patch_model **model, patch_error *e) {
     *model = NULL;
+    if (bytes == NULL) /* which inside means a file that is not mapped */
+        return fail(e, PATCH_E_INPUT, "memory", "there is no model at NULL; give its bytes");
     if ((uintptr_t)bytes % sizeof(float) != 0) /* a folded model's panels are read as floats */
         return fail(e, PATCH_E_USAGE, "memory",
                     "the model is not aligned to 4 bytes; align it to 64");
@@ -1748,14 +1623,11 @@ const patch_options *patch_model_options(const patch_model *m) {
 /* Hold every tensor's bytes against the CRC-32 in the table. */
 patch_status patch_model_verify(const patch_model *m, patch_error *e) {
     const ModelFile *f = &m->file;
-    size_t i, at;
-
-    for (i = 0; i < f->n_tensors; i++) {
+    for (size_t i = 0; i < f->n_tensors; i++) {
         const Tensor *t = &f->tensors[i];
         const size_t row = t->bytes / t->rows, some = (1 << 20) / row + 1; /* about a megabyte */
         uint32_t crc = 0; /* of the rows before `at` */
-
-        for (at = 0; at < t->rows; at += some) {
+        for (size_t at = 0; at < t->rows; at += some) {
             const size_t n = t->rows - at < some ? t->rows - at : some;
             const unsigned char *p = weights(f, t, at, n, &m->allocator);
             if (p == NULL)
@@ -1764,9 +1636,9 @@ patch_status patch_model_verify(const patch_model *m, patch_error *e) {
             weights_done(f, t, n, p, &m->allocator);
         }
         if (crc != t->crc)
-            return fail(e, PATCH_E_FORMAT, f->path ? f->path : "memory",
+            return fail(e, PATCH_E_FORMAT, f->path,
                         "byte %lu: checksum of %s does not match; copy or convert the file again",
-                        (unsigned long)t->offset, expected_tensor(f, i).name);
+                        (unsigned long)t->offset, t->name);
     }
     return PATCH_OK;
 }
@@ -1779,8 +1651,6 @@ patch_status patch_encode(const patch_model *model, const char *text, size_t n_b
                           int prepend_bos, int *ids, size_t capacity, size_t *n_ids,
                           patch_error *error) {
     const size_t first = prepend_bos ? 1 : 0, room = capacity > first ? capacity - first : 0;
-    patch_status s;
-
     *n_ids = 0;
     if (!model->has_tokenizer)
         return fail(error, PATCH_E_INPUT, "text", "the model file has no tokenizer; give ids "
@@ -1788,8 +1658,9 @@ patch_status patch_encode(const patch_model *model, const char *text, size_t n_b
     if (prepend_bos && model->dims.bos < 0)
         return fail(error, PATCH_E_INPUT, "text",
                     "the tokenizer has no " EOT_TEXT " to put in front; use --no-bos");
-    s = tokenizer_encode(&model->tokenizer, text, n_bytes, room > 0 ? ids + first : NULL, room,
-                         n_ids, &model->allocator, error);
+    const patch_status s = tokenizer_encode(&model->tokenizer, text, n_bytes,
+                                            room > 0 ? ids + first : NULL, room, n_ids,
+                                            &model->allocator, error);
     if (s != PATCH_OK && s != PATCH_E_SIZE)
         return s;
     if (prepend_bos && capacity > 0)
@@ -1802,9 +1673,9 @@ patch_status patch_encode(const patch_model *model, const char *text, size_t n_b
    id without a token is an error: to leave it out would hide that the ids are another model's. */
 patch_status patch_decode(const patch_model *model, const int *ids, size_t n, char *text,
                           size_t capacity, size_t *n_bytes, patch_error *error) {
-    size_t i, length, total = 0;
+    size_t length, total = 0;
     *n_bytes = 0;
-    for (i = 0; i < n; i++) {
+    for (size_t i = 0; i < n; i++) {
         const char *token = tokenizer_token(&model->tokenizer, ids[i], &length);
         if (token == NULL)
             return fail(error, PATCH_E_INPUT, "ids", "id %d has no token; %s", ids[i],
@@ -5113,7 +4984,7 @@ static void flat_zeros(FlatFile *w, size_t until) {
 
 /* The next tensor begins: zeros up to the alignment, then its row of the table. */
 static void flat_begin(FlatFile *w, uint32_t type) {
-    const Expected x = expected_tensor(&w->file, w->n);
+    const Tensor x = expected_tensor(&w->file, w->n);
     unsigned char *row = w->table + w->n++ * TABLE_ROW;
 
     flat_zeros(w, (w->at + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
@@ -9582,195 +9453,61 @@ int main(int argc, char **argv) {
 
 /* ==== A. Generated Unicode tables ================================================================
    Written by tests/make_unicode.py, which asked tokenizers 0.22.2 about every code point.
-   An entry is class << 24 | first code point of a run of that class, which lasts up to the next
-   entry: 0x1000041 reads "letters (class 1) from U+0041". The last run is `other`, so that whatever
-   lies above Unicode, UTF8_INVALID included, is `other` too.
+   From U+0000 on, runs of code points of one class: the length in hexadecimal, none for 1, then the
+   class, L letter, N number, S white space or . for others; "9.5S" reads U+0000 to U+0008 others,
+   U+0009 to U+000D white space. Behind the last run all are others: what lies above Unicode is so
+   too, UTF8_INVALID included. One literal, within the 4,095 bytes that C99 promises.
    Code points: 141028 letter, 1911 number, 25 white space. */
 
-static const uint32_t unicode_runs[1610] = {
-    0x0, 0x3000009, 0xE, 0x3000020, 0x21, 0x2000030, 0x3A, 0x1000041, 0x5B, 0x1000061, 0x7B,
-    0x3000085, 0x86, 0x30000A0, 0xA1, 0x10000AA, 0xAB, 0x20000B2, 0xB4, 0x10000B5, 0xB6, 0x20000B9,
-    0x10000BA, 0xBB, 0x20000BC, 0xBF, 0x10000C0, 0xD7, 0x10000D8, 0xF7, 0x10000F8, 0x2C2, 0x10002C6,
-    0x2D2, 0x10002E0, 0x2E5, 0x10002EC, 0x2ED, 0x10002EE, 0x2EF, 0x1000370, 0x375, 0x1000376, 0x378,
-    0x100037A, 0x37E, 0x100037F, 0x380, 0x1000386, 0x387, 0x1000388, 0x38B, 0x100038C, 0x38D,
-    0x100038E, 0x3A2, 0x10003A3, 0x3F6, 0x10003F7, 0x482, 0x100048A, 0x530, 0x1000531, 0x557,
-    0x1000559, 0x55A, 0x1000560, 0x589, 0x10005D0, 0x5EB, 0x10005EF, 0x5F3, 0x1000620, 0x64B,
-    0x2000660, 0x66A, 0x100066E, 0x670, 0x1000671, 0x6D4, 0x10006D5, 0x6D6, 0x10006E5, 0x6E7,
-    0x10006EE, 0x20006F0, 0x10006FA, 0x6FD, 0x10006FF, 0x700, 0x1000710, 0x711, 0x1000712, 0x730,
-    0x100074D, 0x7A6, 0x10007B1, 0x7B2, 0x20007C0, 0x10007CA, 0x7EB, 0x10007F4, 0x7F6, 0x10007FA,
-    0x7FB, 0x1000800, 0x816, 0x100081A, 0x81B, 0x1000824, 0x825, 0x1000828, 0x829, 0x1000840, 0x859,
-    0x1000860, 0x86B, 0x1000870, 0x888, 0x1000889, 0x88F, 0x10008A0, 0x8CA, 0x1000904, 0x93A,
-    0x100093D, 0x93E, 0x1000950, 0x951, 0x1000958, 0x962, 0x2000966, 0x970, 0x1000971, 0x981,
-    0x1000985, 0x98D, 0x100098F, 0x991, 0x1000993, 0x9A9, 0x10009AA, 0x9B1, 0x10009B2, 0x9B3,
-    0x10009B6, 0x9BA, 0x10009BD, 0x9BE, 0x10009CE, 0x9CF, 0x10009DC, 0x9DE, 0x10009DF, 0x9E2,
-    0x20009E6, 0x10009F0, 0x9F2, 0x20009F4, 0x9FA, 0x10009FC, 0x9FD, 0x1000A05, 0xA0B, 0x1000A0F,
-    0xA11, 0x1000A13, 0xA29, 0x1000A2A, 0xA31, 0x1000A32, 0xA34, 0x1000A35, 0xA37, 0x1000A38, 0xA3A,
-    0x1000A59, 0xA5D, 0x1000A5E, 0xA5F, 0x2000A66, 0xA70, 0x1000A72, 0xA75, 0x1000A85, 0xA8E,
-    0x1000A8F, 0xA92, 0x1000A93, 0xAA9, 0x1000AAA, 0xAB1, 0x1000AB2, 0xAB4, 0x1000AB5, 0xABA,
-    0x1000ABD, 0xABE, 0x1000AD0, 0xAD1, 0x1000AE0, 0xAE2, 0x2000AE6, 0xAF0, 0x1000AF9, 0xAFA,
-    0x1000B05, 0xB0D, 0x1000B0F, 0xB11, 0x1000B13, 0xB29, 0x1000B2A, 0xB31, 0x1000B32, 0xB34,
-    0x1000B35, 0xB3A, 0x1000B3D, 0xB3E, 0x1000B5C, 0xB5E, 0x1000B5F, 0xB62, 0x2000B66, 0xB70,
-    0x1000B71, 0x2000B72, 0xB78, 0x1000B83, 0xB84, 0x1000B85, 0xB8B, 0x1000B8E, 0xB91, 0x1000B92,
-    0xB96, 0x1000B99, 0xB9B, 0x1000B9C, 0xB9D, 0x1000B9E, 0xBA0, 0x1000BA3, 0xBA5, 0x1000BA8, 0xBAB,
-    0x1000BAE, 0xBBA, 0x1000BD0, 0xBD1, 0x2000BE6, 0xBF3, 0x1000C05, 0xC0D, 0x1000C0E, 0xC11,
-    0x1000C12, 0xC29, 0x1000C2A, 0xC3A, 0x1000C3D, 0xC3E, 0x1000C58, 0xC5B, 0x1000C5D, 0xC5E,
-    0x1000C60, 0xC62, 0x2000C66, 0xC70, 0x2000C78, 0xC7F, 0x1000C80, 0xC81, 0x1000C85, 0xC8D,
-    0x1000C8E, 0xC91, 0x1000C92, 0xCA9, 0x1000CAA, 0xCB4, 0x1000CB5, 0xCBA, 0x1000CBD, 0xCBE,
-    0x1000CDD, 0xCDF, 0x1000CE0, 0xCE2, 0x2000CE6, 0xCF0, 0x1000CF1, 0xCF3, 0x1000D04, 0xD0D,
-    0x1000D0E, 0xD11, 0x1000D12, 0xD3B, 0x1000D3D, 0xD3E, 0x1000D4E, 0xD4F, 0x1000D54, 0xD57,
-    0x2000D58, 0x1000D5F, 0xD62, 0x2000D66, 0xD79, 0x1000D7A, 0xD80, 0x1000D85, 0xD97, 0x1000D9A,
-    0xDB2, 0x1000DB3, 0xDBC, 0x1000DBD, 0xDBE, 0x1000DC0, 0xDC7, 0x2000DE6, 0xDF0, 0x1000E01, 0xE31,
-    0x1000E32, 0xE34, 0x1000E40, 0xE47, 0x2000E50, 0xE5A, 0x1000E81, 0xE83, 0x1000E84, 0xE85,
-    0x1000E86, 0xE8B, 0x1000E8C, 0xEA4, 0x1000EA5, 0xEA6, 0x1000EA7, 0xEB1, 0x1000EB2, 0xEB4,
-    0x1000EBD, 0xEBE, 0x1000EC0, 0xEC5, 0x1000EC6, 0xEC7, 0x2000ED0, 0xEDA, 0x1000EDC, 0xEE0,
-    0x1000F00, 0xF01, 0x2000F20, 0xF34, 0x1000F40, 0xF48, 0x1000F49, 0xF6D, 0x1000F88, 0xF8D,
-    0x1001000, 0x102B, 0x100103F, 0x2001040, 0x104A, 0x1001050, 0x1056, 0x100105A, 0x105E,
-    0x1001061, 0x1062, 0x1001065, 0x1067, 0x100106E, 0x1071, 0x1001075, 0x1082, 0x100108E, 0x108F,
-    0x2001090, 0x109A, 0x10010A0, 0x10C6, 0x10010C7, 0x10C8, 0x10010CD, 0x10CE, 0x10010D0, 0x10FB,
-    0x10010FC, 0x1249, 0x100124A, 0x124E, 0x1001250, 0x1257, 0x1001258, 0x1259, 0x100125A, 0x125E,
-    0x1001260, 0x1289, 0x100128A, 0x128E, 0x1001290, 0x12B1, 0x10012B2, 0x12B6, 0x10012B8, 0x12BF,
-    0x10012C0, 0x12C1, 0x10012C2, 0x12C6, 0x10012C8, 0x12D7, 0x10012D8, 0x1311, 0x1001312, 0x1316,
-    0x1001318, 0x135B, 0x2001369, 0x137D, 0x1001380, 0x1390, 0x10013A0, 0x13F6, 0x10013F8, 0x13FE,
-    0x1001401, 0x166D, 0x100166F, 0x3001680, 0x1001681, 0x169B, 0x10016A0, 0x16EB, 0x20016EE,
-    0x10016F1, 0x16F9, 0x1001700, 0x1712, 0x100171F, 0x1732, 0x1001740, 0x1752, 0x1001760, 0x176D,
-    0x100176E, 0x1771, 0x1001780, 0x17B4, 0x10017D7, 0x17D8, 0x10017DC, 0x17DD, 0x20017E0, 0x17EA,
-    0x20017F0, 0x17FA, 0x2001810, 0x181A, 0x1001820, 0x1879, 0x1001880, 0x1885, 0x1001887, 0x18A9,
-    0x10018AA, 0x18AB, 0x10018B0, 0x18F6, 0x1001900, 0x191F, 0x2001946, 0x1001950, 0x196E,
-    0x1001970, 0x1975, 0x1001980, 0x19AC, 0x10019B0, 0x19CA, 0x20019D0, 0x19DB, 0x1001A00, 0x1A17,
-    0x1001A20, 0x1A55, 0x2001A80, 0x1A8A, 0x2001A90, 0x1A9A, 0x1001AA7, 0x1AA8, 0x1001B05, 0x1B34,
-    0x1001B45, 0x1B4D, 0x2001B50, 0x1B5A, 0x1001B83, 0x1BA1, 0x1001BAE, 0x2001BB0, 0x1001BBA,
-    0x1BE6, 0x1001C00, 0x1C24, 0x2001C40, 0x1C4A, 0x1001C4D, 0x2001C50, 0x1001C5A, 0x1C7E,
-    0x1001C80, 0x1C8B, 0x1001C90, 0x1CBB, 0x1001CBD, 0x1CC0, 0x1001CE9, 0x1CED, 0x1001CEE, 0x1CF4,
-    0x1001CF5, 0x1CF7, 0x1001CFA, 0x1CFB, 0x1001D00, 0x1DC0, 0x1001E00, 0x1F16, 0x1001F18, 0x1F1E,
-    0x1001F20, 0x1F46, 0x1001F48, 0x1F4E, 0x1001F50, 0x1F58, 0x1001F59, 0x1F5A, 0x1001F5B, 0x1F5C,
-    0x1001F5D, 0x1F5E, 0x1001F5F, 0x1F7E, 0x1001F80, 0x1FB5, 0x1001FB6, 0x1FBD, 0x1001FBE, 0x1FBF,
-    0x1001FC2, 0x1FC5, 0x1001FC6, 0x1FCD, 0x1001FD0, 0x1FD4, 0x1001FD6, 0x1FDC, 0x1001FE0, 0x1FED,
-    0x1001FF2, 0x1FF5, 0x1001FF6, 0x1FFD, 0x3002000, 0x200B, 0x3002028, 0x202A, 0x300202F, 0x2030,
-    0x300205F, 0x2060, 0x2002070, 0x1002071, 0x2072, 0x2002074, 0x207A, 0x100207F, 0x2002080,
-    0x208A, 0x1002090, 0x209D, 0x1002102, 0x2103, 0x1002107, 0x2108, 0x100210A, 0x2114, 0x1002115,
-    0x2116, 0x1002119, 0x211E, 0x1002124, 0x2125, 0x1002126, 0x2127, 0x1002128, 0x2129, 0x100212A,
-    0x212E, 0x100212F, 0x213A, 0x100213C, 0x2140, 0x1002145, 0x214A, 0x100214E, 0x214F, 0x2002150,
-    0x1002183, 0x2002185, 0x218A, 0x2002460, 0x249C, 0x20024EA, 0x2500, 0x2002776, 0x2794,
-    0x1002C00, 0x2CE5, 0x1002CEB, 0x2CEF, 0x1002CF2, 0x2CF4, 0x2002CFD, 0x2CFE, 0x1002D00, 0x2D26,
-    0x1002D27, 0x2D28, 0x1002D2D, 0x2D2E, 0x1002D30, 0x2D68, 0x1002D6F, 0x2D70, 0x1002D80, 0x2D97,
-    0x1002DA0, 0x2DA7, 0x1002DA8, 0x2DAF, 0x1002DB0, 0x2DB7, 0x1002DB8, 0x2DBF, 0x1002DC0, 0x2DC7,
-    0x1002DC8, 0x2DCF, 0x1002DD0, 0x2DD7, 0x1002DD8, 0x2DDF, 0x1002E2F, 0x2E30, 0x3003000, 0x3001,
-    0x1003005, 0x2003007, 0x3008, 0x2003021, 0x302A, 0x1003031, 0x3036, 0x2003038, 0x100303B,
-    0x303D, 0x1003041, 0x3097, 0x100309D, 0x30A0, 0x10030A1, 0x30FB, 0x10030FC, 0x3100, 0x1003105,
-    0x3130, 0x1003131, 0x318F, 0x2003192, 0x3196, 0x10031A0, 0x31C0, 0x10031F0, 0x3200, 0x2003220,
-    0x322A, 0x2003248, 0x3250, 0x2003251, 0x3260, 0x2003280, 0x328A, 0x20032B1, 0x32C0, 0x1003400,
-    0x4DC0, 0x1004E00, 0xA48D, 0x100A4D0, 0xA4FE, 0x100A500, 0xA60D, 0x100A610, 0x200A620,
-    0x100A62A, 0xA62C, 0x100A640, 0xA66F, 0x100A67F, 0xA69E, 0x100A6A0, 0x200A6E6, 0xA6F0,
-    0x100A717, 0xA720, 0x100A722, 0xA789, 0x100A78B, 0xA7CE, 0x100A7D0, 0xA7D2, 0x100A7D3, 0xA7D4,
-    0x100A7D5, 0xA7DD, 0x100A7F2, 0xA802, 0x100A803, 0xA806, 0x100A807, 0xA80B, 0x100A80C, 0xA823,
-    0x200A830, 0xA836, 0x100A840, 0xA874, 0x100A882, 0xA8B4, 0x200A8D0, 0xA8DA, 0x100A8F2, 0xA8F8,
-    0x100A8FB, 0xA8FC, 0x100A8FD, 0xA8FF, 0x200A900, 0x100A90A, 0xA926, 0x100A930, 0xA947,
-    0x100A960, 0xA97D, 0x100A984, 0xA9B3, 0x100A9CF, 0x200A9D0, 0xA9DA, 0x100A9E0, 0xA9E5,
-    0x100A9E6, 0x200A9F0, 0x100A9FA, 0xA9FF, 0x100AA00, 0xAA29, 0x100AA40, 0xAA43, 0x100AA44,
-    0xAA4C, 0x200AA50, 0xAA5A, 0x100AA60, 0xAA77, 0x100AA7A, 0xAA7B, 0x100AA7E, 0xAAB0, 0x100AAB1,
-    0xAAB2, 0x100AAB5, 0xAAB7, 0x100AAB9, 0xAABE, 0x100AAC0, 0xAAC1, 0x100AAC2, 0xAAC3, 0x100AADB,
-    0xAADE, 0x100AAE0, 0xAAEB, 0x100AAF2, 0xAAF5, 0x100AB01, 0xAB07, 0x100AB09, 0xAB0F, 0x100AB11,
-    0xAB17, 0x100AB20, 0xAB27, 0x100AB28, 0xAB2F, 0x100AB30, 0xAB5B, 0x100AB5C, 0xAB6A, 0x100AB70,
-    0xABE3, 0x200ABF0, 0xABFA, 0x100AC00, 0xD7A4, 0x100D7B0, 0xD7C7, 0x100D7CB, 0xD7FC, 0x100F900,
-    0xFA6E, 0x100FA70, 0xFADA, 0x100FB00, 0xFB07, 0x100FB13, 0xFB18, 0x100FB1D, 0xFB1E, 0x100FB1F,
-    0xFB29, 0x100FB2A, 0xFB37, 0x100FB38, 0xFB3D, 0x100FB3E, 0xFB3F, 0x100FB40, 0xFB42, 0x100FB43,
-    0xFB45, 0x100FB46, 0xFBB2, 0x100FBD3, 0xFD3E, 0x100FD50, 0xFD90, 0x100FD92, 0xFDC8, 0x100FDF0,
-    0xFDFC, 0x100FE70, 0xFE75, 0x100FE76, 0xFEFD, 0x200FF10, 0xFF1A, 0x100FF21, 0xFF3B, 0x100FF41,
-    0xFF5B, 0x100FF66, 0xFFBF, 0x100FFC2, 0xFFC8, 0x100FFCA, 0xFFD0, 0x100FFD2, 0xFFD8, 0x100FFDA,
-    0xFFDD, 0x1010000, 0x1000C, 0x101000D, 0x10027, 0x1010028, 0x1003B, 0x101003C, 0x1003E,
-    0x101003F, 0x1004E, 0x1010050, 0x1005E, 0x1010080, 0x100FB, 0x2010107, 0x10134, 0x2010140,
-    0x10179, 0x201018A, 0x1018C, 0x1010280, 0x1029D, 0x10102A0, 0x102D1, 0x20102E1, 0x102FC,
-    0x1010300, 0x2010320, 0x10324, 0x101032D, 0x2010341, 0x1010342, 0x201034A, 0x1034B, 0x1010350,
-    0x10376, 0x1010380, 0x1039E, 0x10103A0, 0x103C4, 0x10103C8, 0x103D0, 0x20103D1, 0x103D6,
-    0x1010400, 0x1049E, 0x20104A0, 0x104AA, 0x10104B0, 0x104D4, 0x10104D8, 0x104FC, 0x1010500,
-    0x10528, 0x1010530, 0x10564, 0x1010570, 0x1057B, 0x101057C, 0x1058B, 0x101058C, 0x10593,
-    0x1010594, 0x10596, 0x1010597, 0x105A2, 0x10105A3, 0x105B2, 0x10105B3, 0x105BA, 0x10105BB,
-    0x105BD, 0x10105C0, 0x105F4, 0x1010600, 0x10737, 0x1010740, 0x10756, 0x1010760, 0x10768,
-    0x1010780, 0x10786, 0x1010787, 0x107B1, 0x10107B2, 0x107BB, 0x1010800, 0x10806, 0x1010808,
-    0x10809, 0x101080A, 0x10836, 0x1010837, 0x10839, 0x101083C, 0x1083D, 0x101083F, 0x10856,
-    0x2010858, 0x1010860, 0x10877, 0x2010879, 0x1010880, 0x1089F, 0x20108A7, 0x108B0, 0x10108E0,
-    0x108F3, 0x10108F4, 0x108F6, 0x20108FB, 0x1010900, 0x2010916, 0x1091C, 0x1010920, 0x1093A,
-    0x1010980, 0x109B8, 0x20109BC, 0x10109BE, 0x20109C0, 0x109D0, 0x20109D2, 0x1010A00, 0x10A01,
-    0x1010A10, 0x10A14, 0x1010A15, 0x10A18, 0x1010A19, 0x10A36, 0x2010A40, 0x10A49, 0x1010A60,
-    0x2010A7D, 0x10A7F, 0x1010A80, 0x2010A9D, 0x10AA0, 0x1010AC0, 0x10AC8, 0x1010AC9, 0x10AE5,
-    0x2010AEB, 0x10AF0, 0x1010B00, 0x10B36, 0x1010B40, 0x10B56, 0x2010B58, 0x1010B60, 0x10B73,
-    0x2010B78, 0x1010B80, 0x10B92, 0x2010BA9, 0x10BB0, 0x1010C00, 0x10C49, 0x1010C80, 0x10CB3,
-    0x1010CC0, 0x10CF3, 0x2010CFA, 0x1010D00, 0x10D24, 0x2010D30, 0x10D3A, 0x2010D40, 0x1010D4A,
-    0x10D66, 0x1010D6F, 0x10D86, 0x2010E60, 0x10E7F, 0x1010E80, 0x10EAA, 0x1010EB0, 0x10EB2,
-    0x1010EC2, 0x10EC5, 0x1010F00, 0x2010F1D, 0x1010F27, 0x10F28, 0x1010F30, 0x10F46, 0x2010F51,
-    0x10F55, 0x1010F70, 0x10F82, 0x1010FB0, 0x2010FC5, 0x10FCC, 0x1010FE0, 0x10FF7, 0x1011003,
-    0x11038, 0x2011052, 0x11070, 0x1011071, 0x11073, 0x1011075, 0x11076, 0x1011083, 0x110B0,
-    0x10110D0, 0x110E9, 0x20110F0, 0x110FA, 0x1011103, 0x11127, 0x2011136, 0x11140, 0x1011144,
-    0x11145, 0x1011147, 0x11148, 0x1011150, 0x11173, 0x1011176, 0x11177, 0x1011183, 0x111B3,
-    0x10111C1, 0x111C5, 0x20111D0, 0x10111DA, 0x111DB, 0x10111DC, 0x111DD, 0x20111E1, 0x111F5,
-    0x1011200, 0x11212, 0x1011213, 0x1122C, 0x101123F, 0x11241, 0x1011280, 0x11287, 0x1011288,
-    0x11289, 0x101128A, 0x1128E, 0x101128F, 0x1129E, 0x101129F, 0x112A9, 0x10112B0, 0x112DF,
-    0x20112F0, 0x112FA, 0x1011305, 0x1130D, 0x101130F, 0x11311, 0x1011313, 0x11329, 0x101132A,
-    0x11331, 0x1011332, 0x11334, 0x1011335, 0x1133A, 0x101133D, 0x1133E, 0x1011350, 0x11351,
-    0x101135D, 0x11362, 0x1011380, 0x1138A, 0x101138B, 0x1138C, 0x101138E, 0x1138F, 0x1011390,
-    0x113B6, 0x10113B7, 0x113B8, 0x10113D1, 0x113D2, 0x10113D3, 0x113D4, 0x1011400, 0x11435,
-    0x1011447, 0x1144B, 0x2011450, 0x1145A, 0x101145F, 0x11462, 0x1011480, 0x114B0, 0x10114C4,
-    0x114C6, 0x10114C7, 0x114C8, 0x20114D0, 0x114DA, 0x1011580, 0x115AF, 0x10115D8, 0x115DC,
-    0x1011600, 0x11630, 0x1011644, 0x11645, 0x2011650, 0x1165A, 0x1011680, 0x116AB, 0x10116B8,
-    0x116B9, 0x20116C0, 0x116CA, 0x20116D0, 0x116E4, 0x1011700, 0x1171B, 0x2011730, 0x1173C,
-    0x1011740, 0x11747, 0x1011800, 0x1182C, 0x10118A0, 0x20118E0, 0x118F3, 0x10118FF, 0x11907,
-    0x1011909, 0x1190A, 0x101190C, 0x11914, 0x1011915, 0x11917, 0x1011918, 0x11930, 0x101193F,
-    0x11940, 0x1011941, 0x11942, 0x2011950, 0x1195A, 0x10119A0, 0x119A8, 0x10119AA, 0x119D1,
-    0x10119E1, 0x119E2, 0x10119E3, 0x119E4, 0x1011A00, 0x11A01, 0x1011A0B, 0x11A33, 0x1011A3A,
-    0x11A3B, 0x1011A50, 0x11A51, 0x1011A5C, 0x11A8A, 0x1011A9D, 0x11A9E, 0x1011AB0, 0x11AF9,
-    0x1011BC0, 0x11BE1, 0x2011BF0, 0x11BFA, 0x1011C00, 0x11C09, 0x1011C0A, 0x11C2F, 0x1011C40,
-    0x11C41, 0x2011C50, 0x11C6D, 0x1011C72, 0x11C90, 0x1011D00, 0x11D07, 0x1011D08, 0x11D0A,
-    0x1011D0B, 0x11D31, 0x1011D46, 0x11D47, 0x2011D50, 0x11D5A, 0x1011D60, 0x11D66, 0x1011D67,
-    0x11D69, 0x1011D6A, 0x11D8A, 0x1011D98, 0x11D99, 0x2011DA0, 0x11DAA, 0x1011EE0, 0x11EF3,
-    0x1011F02, 0x11F03, 0x1011F04, 0x11F11, 0x1011F12, 0x11F34, 0x2011F50, 0x11F5A, 0x1011FB0,
-    0x11FB1, 0x2011FC0, 0x11FD5, 0x1012000, 0x1239A, 0x2012400, 0x1246F, 0x1012480, 0x12544,
-    0x1012F90, 0x12FF1, 0x1013000, 0x13430, 0x1013441, 0x13447, 0x1013460, 0x143FB, 0x1014400,
-    0x14647, 0x1016100, 0x1611E, 0x2016130, 0x1613A, 0x1016800, 0x16A39, 0x1016A40, 0x16A5F,
-    0x2016A60, 0x16A6A, 0x1016A70, 0x16ABF, 0x2016AC0, 0x16ACA, 0x1016AD0, 0x16AEE, 0x1016B00,
-    0x16B30, 0x1016B40, 0x16B44, 0x2016B50, 0x16B5A, 0x2016B5B, 0x16B62, 0x1016B63, 0x16B78,
-    0x1016B7D, 0x16B90, 0x1016D40, 0x16D6D, 0x2016D70, 0x16D7A, 0x1016E40, 0x2016E80, 0x16E97,
-    0x1016F00, 0x16F4B, 0x1016F50, 0x16F51, 0x1016F93, 0x16FA0, 0x1016FE0, 0x16FE2, 0x1016FE3,
-    0x16FE4, 0x1017000, 0x187F8, 0x1018800, 0x18CD6, 0x1018CFF, 0x18D09, 0x101AFF0, 0x1AFF4,
-    0x101AFF5, 0x1AFFC, 0x101AFFD, 0x1AFFF, 0x101B000, 0x1B123, 0x101B132, 0x1B133, 0x101B150,
-    0x1B153, 0x101B155, 0x1B156, 0x101B164, 0x1B168, 0x101B170, 0x1B2FC, 0x101BC00, 0x1BC6B,
-    0x101BC70, 0x1BC7D, 0x101BC80, 0x1BC89, 0x101BC90, 0x1BC9A, 0x201CCF0, 0x1CCFA, 0x201D2C0,
-    0x1D2D4, 0x201D2E0, 0x1D2F4, 0x201D360, 0x1D379, 0x101D400, 0x1D455, 0x101D456, 0x1D49D,
-    0x101D49E, 0x1D4A0, 0x101D4A2, 0x1D4A3, 0x101D4A5, 0x1D4A7, 0x101D4A9, 0x1D4AD, 0x101D4AE,
-    0x1D4BA, 0x101D4BB, 0x1D4BC, 0x101D4BD, 0x1D4C4, 0x101D4C5, 0x1D506, 0x101D507, 0x1D50B,
-    0x101D50D, 0x1D515, 0x101D516, 0x1D51D, 0x101D51E, 0x1D53A, 0x101D53B, 0x1D53F, 0x101D540,
-    0x1D545, 0x101D546, 0x1D547, 0x101D54A, 0x1D551, 0x101D552, 0x1D6A6, 0x101D6A8, 0x1D6C1,
-    0x101D6C2, 0x1D6DB, 0x101D6DC, 0x1D6FB, 0x101D6FC, 0x1D715, 0x101D716, 0x1D735, 0x101D736,
-    0x1D74F, 0x101D750, 0x1D76F, 0x101D770, 0x1D789, 0x101D78A, 0x1D7A9, 0x101D7AA, 0x1D7C3,
-    0x101D7C4, 0x1D7CC, 0x201D7CE, 0x1D800, 0x101DF00, 0x1DF1F, 0x101DF25, 0x1DF2B, 0x101E030,
-    0x1E06E, 0x101E100, 0x1E12D, 0x101E137, 0x1E13E, 0x201E140, 0x1E14A, 0x101E14E, 0x1E14F,
-    0x101E290, 0x1E2AE, 0x101E2C0, 0x1E2EC, 0x201E2F0, 0x1E2FA, 0x101E4D0, 0x1E4EC, 0x201E4F0,
-    0x1E4FA, 0x101E5D0, 0x1E5EE, 0x101E5F0, 0x201E5F1, 0x1E5FB, 0x101E7E0, 0x1E7E7, 0x101E7E8,
-    0x1E7EC, 0x101E7ED, 0x1E7EF, 0x101E7F0, 0x1E7FF, 0x101E800, 0x1E8C5, 0x201E8C7, 0x1E8D0,
-    0x101E900, 0x1E944, 0x101E94B, 0x1E94C, 0x201E950, 0x1E95A, 0x201EC71, 0x1ECAC, 0x201ECAD,
-    0x1ECB0, 0x201ECB1, 0x1ECB5, 0x201ED01, 0x1ED2E, 0x201ED2F, 0x1ED3E, 0x101EE00, 0x1EE04,
-    0x101EE05, 0x1EE20, 0x101EE21, 0x1EE23, 0x101EE24, 0x1EE25, 0x101EE27, 0x1EE28, 0x101EE29,
-    0x1EE33, 0x101EE34, 0x1EE38, 0x101EE39, 0x1EE3A, 0x101EE3B, 0x1EE3C, 0x101EE42, 0x1EE43,
-    0x101EE47, 0x1EE48, 0x101EE49, 0x1EE4A, 0x101EE4B, 0x1EE4C, 0x101EE4D, 0x1EE50, 0x101EE51,
-    0x1EE53, 0x101EE54, 0x1EE55, 0x101EE57, 0x1EE58, 0x101EE59, 0x1EE5A, 0x101EE5B, 0x1EE5C,
-    0x101EE5D, 0x1EE5E, 0x101EE5F, 0x1EE60, 0x101EE61, 0x1EE63, 0x101EE64, 0x1EE65, 0x101EE67,
-    0x1EE6B, 0x101EE6C, 0x1EE73, 0x101EE74, 0x1EE78, 0x101EE79, 0x1EE7D, 0x101EE7E, 0x1EE7F,
-    0x101EE80, 0x1EE8A, 0x101EE8B, 0x1EE9C, 0x101EEA1, 0x1EEA4, 0x101EEA5, 0x1EEAA, 0x101EEAB,
-    0x1EEBC, 0x201F100, 0x1F10D, 0x201FBF0, 0x1FBFA, 0x1020000, 0x2A6E0, 0x102A700, 0x2B73A,
-    0x102B740, 0x2B81E, 0x102B820, 0x2CEA2, 0x102CEB0, 0x2EBE1, 0x102EBF0, 0x2EE5E, 0x102F800,
-    0x2FA1E, 0x1030000, 0x3134B, 0x1031350, 0x323B0,
-};
+static const char unicode_runs[] =
+    "9.5S12.Sf.aN7.1aL6.1aLa.S1a.S9.L7.2N.L3.NL.3N.17L.1fL.1caL4.cLe.5L7.L.L81.5L.2L2.4L.L6.L.3L.L."
+    "14L.53L.8bL8.a6L.26L2.L6.29L47.1bL4.4L2d.2bL15.aN4.2L.63L.Lf.2L7.2LaN3L2.L10.L.1eL1d.59Lb.Le.a"
+    "N21L9.2L4.L5.16L4.L9.L3.L17.19L7.bL5.18L.6L11.2aL3a.36L3.L12.L7.aL4.aN.10L4.8L2.2L2.16L.7L.L3."
+    "4L3.L10.Ld.2L.3L4.aN2L2.6N2.L8.6L4.2L2.16L.7L.2L.2L.2L1f.4L.L7.aN2.3L10.9L.3L.16L.7L.2L.5L3.L1"
+    "2.Lf.2L4.aN9.Lb.8L2.2L2.16L.7L.2L.5L3.L1e.2L.3L4.aN.L6Nb.L.6L3.3L.4L3.2L.L.2L3.2L3.3L3.cL16.L1"
+    "5.dN12.8L.3L.17L.10L3.L1a.3L2.L2.2L4.aN8.7N.L4.8L.3L.17L.aL.5L3.L1f.2L.2L4.aN.2L11.9L.3L.29L2."
+    "L10.L5.3L.7N3L4.13N.6L5.12L3.18L.9L.L2.7L1f.aN11.30L.2Lc.7L9.aN27.2L.L.5L.18L.L.aL.2L9.L2.5L.L"
+    "9.aN2.4L20.L1f.14Nc.8L.24L1b.5L73.2bL14.LaN6.6L4.4L3.L3.2L7.3L4.dLc.L.aN6.26L.L5.L2.2bL.14dL.4"
+    "L2.7L.L.4L2.29L.4L2.21L.4L2.7L.L.4L2.fL.39L.4L2.43Le.14N3.10L10.56L2.6L3.26cL2.11LS1aL5.4bL3.3"
+    "N8L7.12Ld.13Le.12Le.dL.3Lf.34L23.L4.L3.aN6.aN16.aN6.59L7.5L2.22L.L5.46La.1fL27.aN1eL2.5Lb.2cL4"
+    ".1aL6.bN25.17L9.35L2b.aN6.aNd.L5d.2fL11.8L3.aN29.1eLd.2LaN2cL1a.24L1c.aN3.3LaN24L2.bL5.2bL2.3L"
+    "29.4L.6L.2L3.L5.c0L40.116L2.6L2.26L2.6L2.8L.L.L.L.1fL2.35L.7L.L3.3L.7L3.4L2.6L4.dL5.3L.7L3.bS1"
+    "d.2S5.S2f.S10.NL2.6N5.LaN6.dL65.L4.L2.aL.L3.5L6.L.L.L.4L.bL2.4L5.5L4.L.33N2L5N2d6.3cN4e.16N276"
+    ".1eN46c.e5L6.4L3.2L9.N2.26L.L5.L2.38L7.L10.17L9.7L.7L.7L.7L.7L.7L.7L.7L50.L1d0.S4.2LN19.9N7.5L"
+    "2.3N2L4.56L6.3L.5aL.4L5.2bL.5eL3.4Na.20L30.10L20.aN1e.8N.fN20.aN27.fN140.19c0L40.568dL43.2eL2."
+    "10dL3.10LaN2L14.2fL10.1fL2.46LaN27.9L2.67L2.43L2.2L.L.8L15.10L.3L.4L.17Ld.6Na.34Le.32L1c.aN18."
+    "6L3.L.2L.aN1cLa.17L19.1dL7.2fL1c.LaN6.5L.aLaN5L.29L17.3L.8L4.aN6.17L3.L3.32L.L3.2L2.5L2.L.L18."
+    "3L2.bL7.3Lc.6L2.6L2.6L9.7L.7L.2bL.eL6.73Ld.aN6.2ba4Lc.17L4.31L2104.16eL2.6aL26.7Lc.5L5.L.aL.dL"
+    ".5L.L.2L.2L.6cL21.16bL12.40L2.36L28.cL74.5L.87L13.aN7.1aL6.1aLb.59L3.6L2.6L2.6L2.3L23.cL.1aL.1"
+    "3L.2L.fL2.eL22.7bLc.2dNc.39N11.2Nf4.1dL3.31L10.1bN4.20L4N9.14LN8LN5.26La.1eL2.24L4.8L.5N2a.9eL"
+    "2.aN6.24L4.24L4.28L8.34Lc.bL.fL.7L.2L.bL.fL.7L.2L3.34Lc.137L9.16La.8L18.6L.2aL.9L45.6L2.L.2cL."
+    "2L3.L2.17L2.8N17L2.7N1fL8.9N30.13L.2L5.5N16L6N4.1aL46.38L4.2N2L10N2.2eNLf.4L.3L.1dLa.9N17.1dL2"
+    "N.1dL3N20.8L.1cL6.5N10.36La.16L2.8N13L5.8N12L17.7N50.49L37.33Ld.33L7.6N24Lc.aN6.aN1cL9.17Lda.1"
+    "fN.2aL6.2L10.3L3b.1dLaNL8.16Lb.4N1b.12L2e.15L7N14.17Lc.35L1a.1eN.2L2.Ld.2dL20.19L7.aN9.24Lf.aN"
+    "4.L2.L8.23L3.Lc.30Le.4Lb.aNL.L4.14Nb.12L.19L13.2L3f.7L.L.4L.fL.aL7.2fL11.aNb.8L2.2L2.16L.7L.2L"
+    ".5L3.L12.Lc.5L1e.aL.L2.L.26L.L19.L.L2c.35L12.4L5.aN5.3L1e.30L14.2L.L8.aNa6.2fL29.4L24.30L14.Lb"
+    ".aN26.2bLd.L7.aN6.14N1c.1bL15.cN4.7Lb9.2cL74.40L13Nc.8L2.L2.8L.2L.18Lf.L.Le.aN46.8L2.27L10.L.L"
+    "1c.La.28L7.L15.Lb.2eL13.L12.49Lc7.21Lf.aN6.9L.25L11.Lf.1dN5.1eL70.7L.2L.26L15.L9.aN6.6L.2L.20L"
+    "e.L7.aN136.13Lf.L.dL.22L1c.aN56.Lf.15N2b.39aL66.6fN11.c4La4c.61Lf.430L11.6L19.f9bL5.247L1ab9.1"
+    "eL12.aN6c6.239L7.1fL.aN6.4fL.aN6.1eL12.30L10.4Lc.aN.7N.15L5.13L1b0.2dL3.aNc6.40L17N69.4bL5.L42"
+    ".dL40.2L.L1c.17f8L8.4d6L29.aL22e7.4L.7L.2L.123Lf.L1d.3L2.Le.4L8.18cL904.6bL5.dL3.9L7.aL1056.aN"
+    "5c6.14Nc.14N6c.19N87.55L.47L.2L2.L2.2L2.4L.cL.L.7L.41L.4L2.8L.7L.1cL.4L.5L.L3.7L.154L2.19L.19L"
+    ".1fL.19L.1fL.19L.1fL.19L.1fL.19L.8L2.32N700.1fL6.6L105.3eL92.2dLa.7L2.aN4.L141.1eL12.2cL4.aN1d"
+    "6.1cL4.aNd6.1eL2.LaN1e5.7L.4L.2L.fL.c5L2.9N30.44L7.L4.aN317.3bN.3N.4N4c.2dN.fNc2.4L.1bL.2L.L2."
+    "L.aL.4L.L.L6.L4.L.L.L.3L.2L.L2.L.L.L.L.L.2L.L2.4L.7L.4L.4L.L.aL.11L5.3L.5L.11L244.dNae3.aN406."
+    "a6e0L20.103aL6.deL2.1682Le.1d31Lf.26eL9a2.21eL5e2.134bL5.1060L";
 
-/* The class of a code point, of any value. A binary search: run `low` begins at or before the code
-   point, run `high` after it. */
-static int unicode_class(uint32_t code) {
-    size_t low = 0, high = sizeof unicode_runs / sizeof unicode_runs[0];
-    while (high - low > 1) {
-        const size_t middle = low + (high - low) / 2;
-        if ((unicode_runs[middle] & 0xFFFFFF) <= code)
-            low = middle;
-        else
-            high = middle;
+/* See chapter 4. */
+static void unicode_decode(uint32_t runs[UNICODE_RUNS]) {
+    static const char marks[] = ".LNS"; /* in CLASS_OTHER's order */
+    const char *p = unicode_runs;
+    uint32_t first = 0;
+    for (size_t i = 0; i < UNICODE_RUNS - 1; i++) {
+        char *mark;
+        const uint32_t length = (uint32_t)strtoul(p, &mark, 16);
+        runs[i] = (uint32_t)(strchr(marks, *mark) - marks) << 24 | first;
+        first += mark == p ? 1 : length;
+        p = mark + 1;
     }
-    return (int)(unicode_runs[low] >> 24);
+    runs[UNICODE_RUNS - 1] = first;
 }
-

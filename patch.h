@@ -105,12 +105,13 @@ patch_options patch_options_default(void);
 
 /* Open a flat file made by convert_weights.py or `actpatch fold`. The file is mapped where the
    platform can and must not change while the model lives. On success *model is the caller's, to be
-   given to patch_model_free. options NULL: the defaults. Errors: IO, FORMAT, MEMORY. */
+   given to patch_model_free. options NULL: the defaults. A folded file has had its processing:
+   options must be the defaults or those it was folded with. Errors: IO, FORMAT, MEMORY, INPUT. */
 patch_status patch_model_open(const char *path, const patch_options *options, patch_model **model,
                               patch_error *error);
 
 /* The same from n bytes in memory (flash, an embedded array), which are used in place and must
-   outlive the model. */
+   outlive the model. bytes == NULL is an INPUT error, another alignment than 4 bytes a USAGE one. */
 patch_status patch_model_from_memory(const void *bytes, size_t n, const patch_options *options,
                                      patch_model **model, patch_error *error);
 

@@ -758,6 +758,7 @@ static void wrong_files(World *w) {
         REFUSED("cut short", patch_model_from_memory(copy, n, &w->options, &m, error), PATCH_E_FORMAT);
         free(copy);
     }
+    REFUSED("no bytes", patch_model_from_memory(NULL, w->n, &w->options, &m, error), PATCH_E_INPUT);
     REFUSED("not aligned", patch_model_from_memory(w->bytes + 1, w->n - 1, &w->options, &m, error), PATCH_E_USAGE);
     for (n = 0; n < 128; n++) { /* one bit of the head */
         w->bytes[n] ^= 1;

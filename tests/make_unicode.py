@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 NEIGHBOURS = "!a1\n"                  # one of each class, in the order of CLASS_OTHER, _LETTER, ...
+MARKS = ".LNS"                        # of the same classes
 NAMES = ("other", "letter", "number", "white space")
 
 
@@ -41,35 +42,35 @@ def change_points(found):
     for c in code_points():
         if not points or points[-1][1] != found[c]:
             points.append((c, found[c]))
-    assert points[0] == (0, 0) and points[-1][1] == 0, "unicode_class relies on both"
+    assert points[0] == (0, 0) and points[-1][1] == 0, "char_class relies on both"
     return points
 
 
 HEAD = """\
 /* ==== A. Generated Unicode tables ================================================================
    Written by tests/make_unicode.py, which asked tokenizers %s about every code point.
-   An entry is class << 24 | first code point of a run of that class, which lasts up to the next
-   entry: 0x1000041 reads "letters (class 1) from U+0041". The last run is `other`, so that whatever
-   lies above Unicode, UTF8_INVALID included, is `other` too.
+   From U+0000 on, runs of code points of one class: the length in hexadecimal, none for 1, then the
+   class, L letter, N number, S white space or . for others; "9.5S" reads U+0000 to U+0008 others,
+   U+0009 to U+000D white space. Behind the last run all are others: what lies above Unicode is so
+   too, UTF8_INVALID included. One literal, within the 4,095 bytes that C99 promises.
    Code points: %s. */
 
-static const uint32_t unicode_runs[%d] = {"""
+static const char unicode_runs[] ="""
 
 TAIL = """\
-};
-
-/* The class of a code point, of any value. A binary search: run `low` begins at or before the code
-   point, run `high` after it. */
-static int unicode_class(uint32_t code) {
-    size_t low = 0, high = sizeof unicode_runs / sizeof unicode_runs[0];
-    while (high - low > 1) {
-        const size_t middle = low + (high - low) / 2;
-        if ((unicode_runs[middle] & 0xFFFFFF) <= code)
-            low = middle;
-        else
-            high = middle;
+/* See chapter 4. */
+static void unicode_decode(uint32_t runs[UNICODE_RUNS]) {
+    static const char marks[] = ".LNS"; /* in CLASS_OTHER's order */
+    const char *p = unicode_runs;
+    uint32_t first = 0;
+    for (size_t i = 0; i < UNICODE_RUNS - 1; i++) {
+        char *mark;
+        const uint32_t length = (uint32_t)strtoul(p, &mark, 16);
+        runs[i] = (uint32_t)(strchr(marks, *mark) - marks) << 24 | first;
+        first += mark == p ? 1 : length;
+        p = mark + 1;
     }
-    return (int)(unicode_runs[low] >> 24);
+    runs[UNICODE_RUNS - 1] = first;
 }"""
 
 
@@ -77,16 +78,15 @@ def main():
     found = classes()
     points = change_points(found)
     counts = ["%d %s" % (list(found.values()).count(k), NAMES[k]) for k in (1, 2, 3)]
-    print(HEAD % (tokenizers.__version__, ", ".join(counts), len(points)))
-    entries = ["0x%X," % (k << 24 | c) for c, k in points]
-    line = "   "
-    for entry in entries:
-        if len(line) + 1 + len(entry) > 100:
-            print(line)
-            line = "   "
-        line += " " + entry
-    print(line)
+    print(HEAD % (tokenizers.__version__, ", ".join(counts)))
+    text = ""
+    for (first, k), (end, _) in zip(points, points[1:]):
+        text += ("%x" % (end - first) if end - first > 1 else "") + MARKS[k]
+    assert len(text) <= 4095 and "0x" not in text
+    lines = [text[i:i + 94] for i in range(0, len(text), 94)]
+    print("\n".join('    "%s"' % line for line in lines) + ";\n")
     print(TAIL)
+    print("UNICODE_RUNS of chapter 4: %d" % len(points), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -364,6 +364,17 @@ class Folded(Case):
                     self.quiet("fold", "-m", "f.bin", "-o", "g.bin")
                     self.assertEqual(self.read("f.bin") == self.read("g.bin"), True)
 
+    def test_a_folded_model_refuses_another_processing(self):
+        """Options that ask for what the file does not hold; none, or the same ones, are fine."""
+        without = ["--no-fold-ln", "--no-center-unembed"]
+        for words, others in (([], [["--no-processing"], ["--no-fold-value-biases"],
+                                    ["--refactor-factored-attn-matrices"]]),
+                              (without, [["--no-processing"], ["--no-fold-ln"]])):
+            self.quiet("fold", "-o", "f.bin", *words)
+            for other in others:
+                self.refused("folded.*f.bin.*leave the processing options out", "top", "a", "-m", "f.bin", *other)
+            self.assertEqual(self.quiet("top", "a", "-m", "f.bin"), self.quiet("top", "a", "-m", "f.bin", *words))
+
     def test_altered_folded_files(self):
         """They are checked as raw ones are."""
         self.quiet("fold", "-o", "f.bin")

@@ -395,11 +395,11 @@ class Section(unittest.TestCase):
         self.assertEqual(encode(texts, "small", self.kind), encode(texts, "small"))
 
     def test_memory_suits_a_small_machine(self):
-        """512 tokens: tables under 6 KB; encoding: 28 bytes per byte of the longest word, not of the text."""
+        """512 tokens: tables under 12 KB, 6.4 of them Unicode's; encoding: 28 bytes per byte of the longest word, not of the text."""
         prose = b"When John and Mary went to the shops, John gave the bag to Mary. "
         measured = [tuple(numbers(drive("memory", [prose * k], "small"))) for k in (1, 1000)]
         self.assertEqual(measured[0], measured[1])
-        self.assertLessEqual(measured[0][0], 6 * 1024)
+        self.assertLessEqual(measured[0][0], 12 * 1024)
         self.assertEqual(measured[0][1], 28 * len(b" shops"))
         self.assertEqual(numbers(drive("memory", [b"a" * 100000], "small"))[1], 28 * 100000)
 

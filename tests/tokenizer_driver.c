@@ -83,15 +83,15 @@ static unsigned char *get(size_t *n) {
 /* Encode and append the answer to words[]; returns how many it takes. */
 static size_t answer(const Tokenizer *t, const unsigned char *s, size_t n, uint32_t *words,
                      const patch_allocator *a) {
-    Walk w = walk_begin(t, (const char *)s, n);
-    size_t from, n_words = 1, n_ids = 0, i;
-    int is_eot, *ids = malloc((n + 1) * sizeof *ids);
+    Walk w = {.text = s, .n = n};
+    size_t n_words = 1, n_ids = 0, i;
+    int *ids = malloc((n + 1) * sizeof *ids);
     patch_error error;
 
     words[0] = 0;
-    while (walk_next(t, &w, &from, &is_eot)) {
+    while (walk_next(t, &w)) {
         words[0]++;
-        words[n_words++] = (uint32_t)(w.at - from);
+        words[n_words++] = (uint32_t)(w.at - w.from);
     }
     if (ids == NULL || tokenizer_encode(t, (const char *)s, n, ids, n, &n_ids, a, &error))
         die("encode failed");
@@ -240,10 +240,9 @@ static void fail_each(const unsigned char *section, size_t n_section) {
             h.all_later = all_later;
             a.ctx = &h;
             status = tokenizer_read(&t, section, n_section, D_VOCAB, "file", &a, &error);
-            if (status == PATCH_OK) { /* otherwise there must be nothing to free */
+            if (status == PATCH_OK)
                 status = tokenizer_encode(&t, (const char *)s, n, ids, n, &n_ids, &a, &error);
-                tokenizer_free(&t, &a);
-            }
+            tokenizer_free(&t, &a); /* half built, too */
             if (h.live != 0)
                 die("a leak");
             if (h.calls <= k && status == PATCH_OK)
@@ -283,8 +282,8 @@ static void read_each(const patch_allocator *a) {
             if (at != sizeof text)
                 die("a text does not decode to itself");
             puts("ok");
-            tokenizer_free(&t, a);
         }
+        tokenizer_free(&t, a);
         free(section);
     }
 }
