@@ -4350,14 +4350,14 @@ static patch_edit copy_from(int source, patch_hook hook, int layer, int pos, int
                         .src = -1, .source = source};
 }
 
-/* A fact's traces are a family of one prompt. Bases: the clean run, then `samples` corrupted ones,
-   whose subject's token embeddings are set to noisy ones. An item is (token, layer, sample). */
+/* A fact's traces are a family of one prompt. Bases: the clean run, then S = `samples` corrupted
+   ones, whose subject's token embeddings are set to noisy ones. Items: [kinds, T, L, S]. */
 typedef struct Trace {
     const Model *m;
     const patch_trace_options *o;
     const patch_fact *fact;
-    float *noisy; /* [samples, range, C], range being the number of the subject's tokens */
-    int kind;
+    float *noisy;         /* [S, range, C], range being the number of the subject's tokens */
+    int kinds[3], n_kinds; /* those that are wanted */
 } Trace;
 
 static void trace_bases(const Family *f, size_t example, int base, patch_run *runs,
@@ -4382,21 +4382,22 @@ static void trace_bases(const Family *f, size_t example, int base, patch_run *ru
 static void trace_item(const Family *f, size_t example, size_t item, int base, int at,
                        patch_run *run, patch_edit *edits) {
     const Trace *t = f->ctx;
-    const int L = t->m->dims.n_layers, samples = t->o->samples, severed = t->o->severed;
-    const int sample = 1 + (int)(item % (size_t)samples), place = (int)(item / (size_t)samples);
-    const int layer = place % L, pos = place / L, window = t->o->window;
-    const int first = severed || layer < window / 2 ? 0 : layer - window / 2;
-    const int last = severed || layer + (window + 1) / 2 > L ? L : layer + (window + 1) / 2;
-    const patch_hook hook = t->kind == PATCH_TRACE_ATTN ? PATCH_ATTN_OUT : PATCH_MLP_OUT;
-    const patch_run *corrupted = run + (base + sample - at);
-    int n = corrupted->n_edits;
+    const size_t S = (size_t)t->o->samples, places = (size_t)t->fact->n_tokens * t->m->file.L;
+    const int L = t->m->dims.n_layers, half = t->o->window / 2, rest = t->o->window - half;
+    const int place = (int)(item / S % places), layer = place % L, pos = place / L;
+    const int kind = t->kinds[item / S / places], severed = t->o->severed;
+    const int first = severed || layer < half ? 0 : layer - half;
+    const int end = severed || layer + rest > L ? L : layer + rest;
+    const int corrupted = base + 1 + (int)(item % S); /* its run */
+    int n = run[corrupted - at].n_edits;
 
     (void)example;
-    memcpy(edits, corrupted->edits, (size_t)n * sizeof *edits); /* the same noise: shared rows */
-    if (t->kind == PATCH_TRACE_RESID || severed)
+    memcpy(edits, run[corrupted - at].edits, (size_t)n * sizeof *edits); /* the noise: shared rows */
+    if (kind == PATCH_TRACE_RESID || severed)
         edits[n++] = copy_from(base, PATCH_RESID_POST, layer, pos, -1);
-    for (int l = first; l < last && t->kind != PATCH_TRACE_RESID; l++)
-        edits[n++] = copy_from(severed ? base + sample : base, hook, l, pos, -1);
+    for (int l = first; l < end && kind != PATCH_TRACE_RESID; l++)
+        edits[n++] = copy_from(severed ? corrupted : base,
+                               kind == PATCH_TRACE_MLP ? PATCH_MLP_OUT : PATCH_ATTN_OUT, l, pos, -1);
     run->edits = edits;
     run->n_edits = n;
 }
@@ -4474,37 +4475,36 @@ patch_status patch_trace(const patch_model *m, const patch_fact *fact,
     patch_status s = check_examples(m, &x, 1, o->metric, 0, e);
     if (s != PATCH_OK)
         return s;
-    const size_t range = (size_t)(fact->end - fact->begin);
+    const size_t range = (size_t)(fact->end - fact->begin), n_noisy = S * range;
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    Trace t = {m, o, fact, pool_take(&pool, S * range * m->file.C, sizeof(float)), 0};
-    double *values = pool_take(&pool, n_cells * S, sizeof *values);
-    double *unpatched = pool_take(&pool, S + 1, sizeof *unpatched);
-    const Family f = {.x = &x, .n = 1, .per_example = n_cells * S, .metric = o->metric,
-                      .bases = S + 1, .base_edits = S * range, .fill_bases = trace_bases,
+    Trace t = {m, o, fact, pool_take(&pool, n_noisy * m->file.C, sizeof(float)), {0}, 0};
+    for (int k = PATCH_TRACE_RESID; k <= PATCH_TRACE_ATTN; k++)
+        if (o->kinds >> k & 1)
+            t.kinds[t.n_kinds++] = k;
+    const size_t items = (size_t)t.n_kinds * n_cells * S;
+    double *values = pool_take(&pool, items, sizeof *values);     /* [kinds, T, L, S] */
+    double *unpatched = pool_take(&pool, S + 1, sizeof *unpatched); /* of the bases */
+    const Family f = {.x = &x, .n = 1, .per_example = items, .metric = o->metric, .ctx = &t,
+                      .bases = S + 1, .base_edits = n_noisy, .fill_bases = trace_bases,
                       .item_runs = 1, .item_edits = range + 1 + m->file.L, .fill_item = trace_item,
-                      .unpatched = 1, .ctx = &t};
+                      .unpatched = 1};
 
     if (!t.noisy || !values || !unpatched)
         s = no_memory(e, "trace", pool.refused);
     else if (!noisy_embeddings(&t, t.noisy))
         s = unreadable(m, e);
-    for (; s == PATCH_OK && t.kind <= PATCH_TRACE_ATTN; t.kind++) {
-        if (!(o->kinds >> t.kind & 1))
-            continue;
-        s = run_family(m, &f, 0, n_cells * S, values, unpatched, NULL, NULL, stats, e);
-        for (size_t i = 0; s == PATCH_OK && i < n_cells; i++) {
-            double sum = 0;
-            for (size_t k = 0; k < S; k++)
-                sum += values[i * S + k];
-            cells[(size_t)t.kind * n_cells + i] = sum / (double)S;
-        }
+    else
+        s = run_family(m, &f, 0, items, values, unpatched, NULL, NULL, stats, e);
+    for (size_t i = 0; s == PATCH_OK && i < items / S; i++) {
+        double sum = 0;
+        for (size_t k = 0; k < S; k++)
+            sum += values[i * S + k];
+        cells[(size_t)t.kinds[i / n_cells] * n_cells + i % n_cells] = sum / (double)S;
     }
-    if (s == PATCH_OK) {
-        *high = unpatched[0];
-        *low = 0;
-        for (size_t k = 1; k <= S; k++)
-            *low += unpatched[k] / (double)S;
-    }
+    *high = s == PATCH_OK ? unpatched[0] : 0;
+    *low = 0;
+    for (size_t k = 1; s == PATCH_OK && k <= S; k++)
+        *low += unpatched[k] / (double)S;
     return pool_end(&pool, s);
 }
 
@@ -4531,13 +4531,13 @@ static void ablate_bases(const Family *f, size_t example, int base, patch_run *r
         runs[1].tokens = f->x[a->o->partner[example]].clean;
 }
 
-/* Is this one of an example's positions? */
+/* Is this one of an example's positions? All are where none are given. */
 static int is_named(const patch_ablation *o, size_t example, int pos) {
-    const int *named = o->positions + example * (size_t)o->n_positions;
-    for (int i = 0; i < o->n_positions; i++)
-        if (named[i] == pos)
-            return 1;
-    return 0;
+    const size_t n = (size_t)o->n_positions;
+    size_t i = 0;
+    while (i < n && o->positions[example * n + i] != pos)
+        i++;
+    return n == 0 || i < n;
 }
 
 /* Does a set hold this head; with head -1, any head of the layer? */
@@ -4563,38 +4563,28 @@ static void ablate_slice(const Ablation *a, size_t example, int partner, int lay
     edit->stride = a->width;
 }
 
-/* The slice at each of the example's positions, or (other) at each position that is none of them. */
-static void ablate_named(const Ablation *a, size_t example, int partner, int layer, int head,
-                         int other, patch_run *run, patch_edit *edits) {
-    for (int pos = 0; pos < (int)a->T && a->o->n_positions > 0; pos++)
-        if (is_named(a->o, example, pos) != other)
-            ablate_slice(a, example, partner, layer, pos, head, run, edits);
-}
-
-/* A layer of which nothing is kept is ablated as a whole: its attention then is not computed. */
+/* A row of which no head is kept is ablated whole: attention then is not computed for it. */
 static void ablate_item(const Family *f, size_t example, size_t item, int base, int at,
                         patch_run *run, patch_edit *edits) {
     const Ablation *a = f->ctx;
-    const int partner = base + 1;
+    const int one_by_one = a->o->n_positions > 0, T = (int)a->T, H = a->m->dims.n_heads;
 
     (void)at;
     run->edits = edits;
     run->n_edits = 0;
     for (size_t i = a->sets[item]; i < a->sets[item + 1] && !a->o->keep; i++) {
         const patch_cell *c = &a->cells[i];
-        if (a->o->n_positions == 0)
-            ablate_slice(a, example, partner, c->layer, c->pos, c->head, run, edits);
-        ablate_named(a, example, partner, c->layer, c->head, 0, run, edits);
+        for (int pos = one_by_one ? 0 : c->pos; pos < (one_by_one ? T : c->pos + 1); pos++)
+            if (is_named(a->o, example, pos))
+                ablate_slice(a, example, base + 1, c->layer, pos, c->head, run, edits);
     }
     for (int l = 0; l < a->m->dims.n_layers && a->o->keep; l++)
-        if (!is_kept(a, item, l, -1))
-            ablate_slice(a, example, partner, l, -1, -1, run, edits);
-        else
-            for (int h = 0; h < a->m->dims.n_heads; h++)
-                if (is_kept(a, item, l, h))
-                    ablate_named(a, example, partner, l, h, 1, run, edits);
-                else
-                    ablate_slice(a, example, partner, l, -1, h, run, edits);
+        for (int pos = one_by_one ? 0 : -1; pos < (one_by_one ? T : 0); pos++) {
+            const int some = is_named(a->o, example, pos) && is_kept(a, item, l, -1);
+            for (int h = some ? 0 : -1; h < (some ? H : 0); h++)
+                if (!some || !is_kept(a, item, l, h))
+                    ablate_slice(a, example, base + 1, l, pos, h, run, edits);
+        }
 }
 
 /* What the ablated slices are set to, or the noise that is added to them: means are by position and
@@ -4630,9 +4620,9 @@ static patch_status ablation_values(const Ablation *a, const patch_example *x, s
     random_seed(&r, o->seed);
     for (size_t i = 0; s == PATCH_OK && i < all; i++) {
         const double *moment = moments + 2 * (i / size % L), mean = moment[0] / N;
-        a->values[i] = (float)(o->by == PATCH_BY_MEAN
-                                   ? sum[i] / count[i / (L * size)]
-                                   : o->noise * sqrt(moment[1] / N - mean * mean) * random_gauss(&r));
+        a->values[i] = o->by == PATCH_BY_MEAN
+                           ? (float)(sum[i] / count[i / (L * size)])
+                           : (float)(o->noise * sqrt(moment[1] / N - mean * mean) * random_gauss(&r));
     }
     return pool_end(&pool, s);
 }
@@ -4687,10 +4677,9 @@ patch_status patch_ablate(const patch_model *m, const patch_example *x, size_t n
     Ablation a = {.m = m, .o = o, .cells = cells, .sets = sets, .T = (size_t)x[0].n_tokens,
                   .hook = sets[n_sets] ? cells->hook : PATCH_Z};
     const Family f = {.x = x, .n = n, .per_example = n_sets, .metric = o->metric,
-                      .bases = 2, .fill_bases = ablate_bases,
-                      .item_runs = 1, .fill_item = ablate_item,
-                      .item_edits = most * (o->n_positions ? a.T : 1) + (o->keep ? L * m->file.H : 0),
-                      .ctx = &a};
+                      .bases = 2, .fill_bases = ablate_bases, .item_runs = 1, .ctx = &a,
+                      .item_edits = (o->keep ? L * m->file.H : most) * (o->n_positions ? a.T : 1),
+                      .fill_item = ablate_item};
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
     double *both = pool_take(&pool, 2 * n, sizeof *both); /* of all bases */
 
