@@ -4351,13 +4351,13 @@ static patch_edit copy_from(int source, patch_hook hook, int layer, int pos, int
 }
 
 /* A fact's traces are a family of one prompt. Bases: the clean run, then S = `samples` corrupted
-   ones, whose subject's token embeddings are set to noisy ones. Items: [kinds, T, L, S]. */
+   ones, whose subject's token embeddings are set to noisy ones. Items of one kind: [T, L, S]. */
 typedef struct Trace {
     const Model *m;
     const patch_trace_options *o;
     const patch_fact *fact;
-    float *noisy;         /* [S, range, C], range being the number of the subject's tokens */
-    int kinds[3], n_kinds; /* those that are wanted */
+    float *noisy; /* [S, range, C], range being the number of the subject's tokens */
+    int kind;     /* patch_trace_kind */
 } Trace;
 
 static void trace_bases(const Family *f, size_t example, int base, patch_run *runs,
@@ -4382,22 +4382,21 @@ static void trace_bases(const Family *f, size_t example, int base, patch_run *ru
 static void trace_item(const Family *f, size_t example, size_t item, int base, int at,
                        patch_run *run, patch_edit *edits) {
     const Trace *t = f->ctx;
-    const size_t S = (size_t)t->o->samples, places = (size_t)t->fact->n_tokens * t->m->file.L;
-    const int L = t->m->dims.n_layers, half = t->o->window / 2, rest = t->o->window - half;
-    const int place = (int)(item / S % places), layer = place % L, pos = place / L;
-    const int kind = t->kinds[item / S / places], severed = t->o->severed;
+    const int L = t->m->dims.n_layers, S = t->o->samples, severed = t->o->severed;
+    const int layer = (int)item / S % L, pos = (int)item / S / L;
+    const int half = t->o->window / 2, rest = t->o->window - half;
     const int first = severed || layer < half ? 0 : layer - half;
     const int end = severed || layer + rest > L ? L : layer + rest;
-    const int corrupted = base + 1 + (int)(item % S); /* its run */
+    const int corrupted = base + 1 + (int)item % S; /* its run */
+    const patch_hook hook = t->kind == PATCH_TRACE_MLP ? PATCH_MLP_OUT : PATCH_ATTN_OUT;
     int n = run[corrupted - at].n_edits;
 
     (void)example;
     memcpy(edits, run[corrupted - at].edits, (size_t)n * sizeof *edits); /* the noise: shared rows */
-    if (kind == PATCH_TRACE_RESID || severed)
+    if (t->kind == PATCH_TRACE_RESID || severed)
         edits[n++] = copy_from(base, PATCH_RESID_POST, layer, pos, -1);
-    for (int l = first; l < end && kind != PATCH_TRACE_RESID; l++)
-        edits[n++] = copy_from(severed ? corrupted : base,
-                               kind == PATCH_TRACE_MLP ? PATCH_MLP_OUT : PATCH_ATTN_OUT, l, pos, -1);
+    for (int l = first; l < end && t->kind != PATCH_TRACE_RESID; l++)
+        edits[n++] = copy_from(severed ? corrupted : base, hook, l, pos, -1);
     run->edits = edits;
     run->n_edits = n;
 }
@@ -4477,14 +4476,10 @@ patch_status patch_trace(const patch_model *m, const patch_fact *fact,
         return s;
     const size_t range = (size_t)(fact->end - fact->begin), n_noisy = S * range;
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    Trace t = {m, o, fact, pool_take(&pool, n_noisy * m->file.C, sizeof(float)), {0}, 0};
-    for (int k = PATCH_TRACE_RESID; k <= PATCH_TRACE_ATTN; k++)
-        if (o->kinds >> k & 1)
-            t.kinds[t.n_kinds++] = k;
-    const size_t items = (size_t)t.n_kinds * n_cells * S;
-    double *values = pool_take(&pool, items, sizeof *values);     /* [kinds, T, L, S] */
+    Trace t = {m, o, fact, pool_take(&pool, n_noisy * m->file.C, sizeof(float)), 0};
+    double *values = pool_take(&pool, n_cells * S, sizeof *values); /* [T, L, S] */
     double *unpatched = pool_take(&pool, S + 1, sizeof *unpatched); /* of the bases */
-    const Family f = {.x = &x, .n = 1, .per_example = items, .metric = o->metric, .ctx = &t,
+    const Family f = {.x = &x, .n = 1, .per_example = n_cells * S, .metric = o->metric, .ctx = &t,
                       .bases = S + 1, .base_edits = n_noisy, .fill_bases = trace_bases,
                       .item_runs = 1, .item_edits = range + 1 + m->file.L, .fill_item = trace_item,
                       .unpatched = 1};
@@ -4493,13 +4488,15 @@ patch_status patch_trace(const patch_model *m, const patch_fact *fact,
         s = no_memory(e, "trace", pool.refused);
     else if (!noisy_embeddings(&t, t.noisy))
         s = unreadable(m, e);
-    else
-        s = run_family(m, &f, 0, items, values, unpatched, NULL, NULL, stats, e);
-    for (size_t i = 0; s == PATCH_OK && i < items / S; i++) {
-        double sum = 0;
-        for (size_t k = 0; k < S; k++)
-            sum += values[i * S + k];
-        cells[(size_t)t.kinds[i / n_cells] * n_cells + i % n_cells] = sum / (double)S;
+    for (; t.kind <= PATCH_TRACE_ATTN; t.kind++) {
+        if (s == PATCH_OK && (o->kinds >> t.kind & 1))
+            s = run_family(m, &f, 0, n_cells * S, values, unpatched, NULL, NULL, stats, e);
+        for (size_t i = 0; s == PATCH_OK && (o->kinds >> t.kind & 1) && i < n_cells; i++) {
+            double sum = 0;
+            for (size_t k = 0; k < S; k++)
+                sum += values[i * S + k];
+            cells[(size_t)t.kind * n_cells + i] = sum / (double)S;
+        }
     }
     *high = s == PATCH_OK ? unpatched[0] : 0;
     *low = 0;
