@@ -4164,7 +4164,7 @@ static int settle(double *restrict x, double *restrict y, size_t d, double noise
     const double half = (xx - yy) / 2; /* tan(2 angle) = xy / half */
     t = xy / (half + hypot(half, xy)); /* tan(angle), at most 1 */
     const double c = 1 / sqrt(1 + t * t), s = c * t, h = s / (1 + c);
-    for (size_t i = 0; i < 2 * d; i++) { /* x, y = c x + s y, c y - s x, but with c = 1 - s h: so, */
+    for (size_t i = 0; i < 2 * d; i++) { /* x, y = c x + s y, c y - s x, with c = 1 - s h: so, */
         const double xi = x[i], yi = y[i]; /* over all the rotations, lengths drift by 2e-15, */
         x[i] = xi + s * (yi - h * xi);     /* with c itself by 1e-14 */
         y[i] = yi - s * (xi + h * yi);
@@ -4284,8 +4284,8 @@ static patch_status factor_model(Model *m, patch_error *e) {
    a double, two doubles by the polar method two Gaussian numbers, of which it keeps one for the
    next call. It is equal bit for bit, hence nothing here may be fused or reordered. */
 typedef struct Random {
-    uint32_t state[624];
-    int at, has_spare;
+    uint32_t state[624]; /* the words of now; the next 624 are made from them */
+    int at, has_spare;   /* which word comes next; is there a Gaussian number in hand? */
     double spare;
 } Random;
 
@@ -4299,13 +4299,14 @@ static void random_seed(Random *r, uint32_t seed) {
 
 static uint32_t random_u32(Random *r) {
     if (r->at == 624) {
+        uint32_t *x = r->state;
         for (int i = 0; i < 624; i++) {
-            const uint32_t y = (r->state[i] & 0x80000000u) | (r->state[(i + 1) % 624] & 0x7FFFFFFFu);
-            r->state[i] = r->state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908B0DFu : 0);
+            const uint32_t y = (x[i] & 0x80000000u) | (x[(i + 1) % 624] & 0x7FFFFFFFu);
+            x[i] = x[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908B0DFu : 0);
         }
         r->at = 0;
     }
-    uint32_t y = r->state[r->at++];
+    uint32_t y = r->state[r->at++]; /* and tempered, so that its bits are evenly spread */
     y ^= y >> 11;
     y ^= y << 7 & 0x9D2C5680u;
     y ^= y << 15 & 0xEFC60000u;
@@ -4392,7 +4393,7 @@ static void trace_item(const Family *f, size_t example, size_t item, int base, i
     int n = run[corrupted - at].n_edits;
 
     (void)example;
-    memcpy(edits, run[corrupted - at].edits, (size_t)n * sizeof *edits); /* the noise: shared rows */
+    memcpy(edits, run[corrupted - at].edits, (size_t)n * sizeof *edits); /* the noise */
     if (t->kind == PATCH_TRACE_RESID || severed)
         edits[n++] = copy_from(base, PATCH_RESID_POST, layer, pos, -1);
     for (int l = first; l < end && t->kind != PATCH_TRACE_RESID; l++)
@@ -4401,7 +4402,8 @@ static void trace_item(const Family *f, size_t example, size_t item, int base, i
     run->n_edits = n;
 }
 
-/* The standard deviation is rounded to float, as torch's. */
+/* Of W_E as it is stored, since sigma must not depend on the processing; rounded to float, which is
+   what torch's std of float32 is. */
 patch_status patch_trace_sigma(const patch_model *m, const int *tokens, size_t n, double noise,
                                double *sigma, patch_error *e) {
     const size_t C = m->file.C;
@@ -4412,24 +4414,20 @@ patch_status patch_trace_sigma(const patch_model *m, const int *tokens, size_t n
     for (run = 0; run < n; run++)
         WITHIN("subject token", tokens[run], 0, m->dims.d_vocab - 1);
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    float *row = pool_take(&pool, C, sizeof *row);
-    if (row == NULL)
-        return pool_end(&pool, no_memory(e, "trace", pool.refused));
-    for (int pass = 0; pass < 2; pass++) { /* the mean first */
-        const double mean = sum / ((double)n * (double)C);
-        sum = 0;
-        for (size_t i = 0; i < n; i++) {
-            if (!weights_row(&m->file, &m->file.tensors[0], (size_t)tokens[i], row, pool.a))
-                return pool_end(&pool, unreadable(m, e));
-            for (size_t k = 0; k < C; k++) {
-                const double d = (double)row[k] - mean;
-                sum += d;
-                square += pass ? d * d : 0;
-            }
-        }
+    float *rows = pool_take(&pool, n * C, sizeof *rows); /* [n,C] */
+    patch_status s = rows ? PATCH_OK : no_memory(e, "trace", pool.refused);
+    for (size_t i = 0; s == PATCH_OK && i < n; i++)
+        if (!weights_row(&m->file, &m->file.tensors[0], (size_t)tokens[i], rows + i * C, pool.a))
+            s = unreadable(m, e);
+    for (size_t i = 0; s == PATCH_OK && i < n * C; i++)
+        sum += (double)rows[i];
+    for (size_t i = 0; s == PATCH_OK && i < n * C; i++) {
+        const double d = (double)rows[i] - sum / ((double)n * (double)C);
+        square += d * d;
     }
-    *sigma = noise * (double)(float)sqrt(square / ((double)n * (double)C - 1));
-    return pool_end(&pool, PATCH_OK);
+    if (s == PATCH_OK) /* unbiased: one element is the mean's */
+        *sigma = noise * (double)(float)sqrt(square / ((double)n * (double)C - 1));
+    return pool_end(&pool, s);
 }
 
 /* The embeddings of a fact's subject, noisy [samples, range, C] = float(double(W_E row) + sigma z),
@@ -4617,9 +4615,9 @@ static patch_status ablation_values(const Ablation *a, const patch_example *x, s
     random_seed(&r, o->seed);
     for (size_t i = 0; s == PATCH_OK && i < all; i++) {
         const double *moment = moments + 2 * (i / size % L), mean = moment[0] / N;
-        a->values[i] = o->by == PATCH_BY_MEAN
-                           ? (float)(sum[i] / count[i / (L * size)])
-                           : (float)(o->noise * sqrt(moment[1] / N - mean * mean) * random_gauss(&r));
+        const double deviation = sqrt(moment[1] / N - mean * mean);
+        a->values[i] = (float)(o->by == PATCH_BY_MEAN ? sum[i] / count[i / (L * size)]
+                                                      : o->noise * deviation * random_gauss(&r));
     }
     return pool_end(&pool, s);
 }
@@ -4836,28 +4834,27 @@ static void lens_parts(const Model *m, const patch_read *reads, const double *di
 
 patch_status patch_logit_lens(const patch_model *m, const patch_example *x, size_t n,
                               patch_lens *out, patch_error *e) {
-    const size_t C = m->file.C, L = m->file.L;
+    const size_t C = m->file.C, L = m->file.L, floats = (4 * L + 3 + L * m->file.H) * C + 1;
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    float *rows = pool_take(&pool, floats, sizeof *rows); /* what the reads give, one by one */
+    patch_read *reads = pool_take(&pool, 5 * L + 4, sizeof *reads);
+    double *direction = pool_take(&pool, 2 * C, sizeof *direction), bias;
+    Work w;
     patch_status s = check_examples(m, x, n, PATCH_LOGIT_DIFF, 0, e);
 
-    for (size_t b = 0; s == PATCH_OK && b < n; b++) {
-        Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-        float *rows = pool_take(&pool, (4 * L + 3 + L * m->file.H) * C + 1, sizeof *rows);
-        patch_read *reads = pool_take(&pool, 5 * L + 4, sizeof *reads);
-        double *direction = pool_take(&pool, 2 * C, sizeof *direction), bias;
-        const patch_run run = {x[b].clean, x[b].n_tokens, NULL, 0};
-        Work w;
+    if (s == PATCH_OK)
         s = rows && reads && direction ? work_begin(&w, m, &pool, NULL, e)
                                        : no_memory(e, "lens", pool.refused);
-        if (s == PATCH_OK && !lens_direction(&w, &x[b], direction, direction + C, &bias))
-            s = unreadable(m, e);
+    for (size_t b = 0; s == PATCH_OK && b < n; b++) {
+        const patch_run run = {x[b].clean, x[b].n_tokens, NULL, 0};
+        const size_t n_reads = lens_reads(m, run.n_tokens - 1, rows, reads);
+        s = lens_direction(&w, &x[b], direction, direction + C, &bias) ? PATCH_OK : unreadable(m, e);
         if (s == PATCH_OK)
-            s = execute(m, &pool, &run, 1, reads, lens_reads(m, run.n_tokens - 1, rows, reads), 1,
-                        NULL, e);
+            s = patch_execute(m, &run, 1, reads, n_reads, NULL, e);
         if (s == PATCH_OK)
             lens_parts(m, reads, direction, bias, out, b);
-        s = pool_end(&pool, s);
     }
-    return s;
+    return pool_end(&pool, s);
 }
 
 /* ---- 11.6 Kinds of heads: TransformerLens's detect_head -----------------------------------------
@@ -4957,7 +4954,8 @@ static int is_written(const float *logits, const float *middle, size_t V, int na
     return above < 5;
 }
 
-/* A layer's H n rows go through W_U together, or as many of them as half the memory has room for. */
+/* A layer's H n rows go through W_U together, or as many as half the standard memory has room for:
+   each block of them makes the panels of W_U anew. */
 patch_status patch_copying_scores(const patch_model *m, const int *names, size_t n,
                                   double *positive, double *negative, patch_error *e) {
     const size_t C = m->file.C, L = m->file.L, H = m->file.H, V = m->file.V, rows = H * n;
