@@ -4153,7 +4153,6 @@ static int settle(double *restrict x, double *restrict y, size_t d, double noise
     const double tolerance = DBL_EPSILON * sqrt((double)d); /* a dot product's own error */
     double xx = dot(x, x, d), yy = dot(y, y, d), xy = dot(x, y, d), t;
     const int exchange = xx < yy;
-
     if (exchange) {
         for (size_t i = 0; i < 2 * d; i++)
             t = x[i], x[i] = y[i], y[i] = t;
@@ -4313,29 +4312,21 @@ static uint32_t random_u32(Random *r) {
     return y ^ y >> 18;
 }
 
-static double random_double(Random *r) { /* 53 bits, 0 <= x < 1 */
-    const double high = random_u32(r) >> 5, low = random_u32(r) >> 6;
-    return (high * 67108864.0 + low) / 9007199254740992.0;
-}
-
 static double random_gauss(Random *r) {
-    volatile double x, y, xx, yy, square; /* volatile: no fused multiply-add, numpy has none */
-
-    if (r->has_spare) {
-        r->has_spare = 0;
+    volatile double x[2], xx[2], square; /* volatile: no fused multiply-add, numpy has none */
+    if ((r->has_spare = !r->has_spare) == 0)
         return r->spare;
-    }
-    do {
-        x = 2.0 * random_double(r) - 1.0;
-        y = 2.0 * random_double(r) - 1.0;
-        xx = x * x;
-        yy = y * y;
-        square = xx + yy;
+    do { /* a point within the unit circle */
+        for (int i = 0; i < 2; i++) {
+            const double high = random_u32(r) >> 5, low = random_u32(r) >> 6; /* 53 bits in all */
+            x[i] = 2.0 * ((high * 67108864.0 + low) / 9007199254740992.0) - 1.0;
+            xx[i] = x[i] * x[i];
+        }
+        square = xx[0] + xx[1];
     } while (square >= 1.0 || square == 0.0);
     square = sqrt(-2.0 * log(square) / square);
-    r->spare = square * x;
-    r->has_spare = 1;
-    return square * y;
+    r->spare = square * x[0];
+    return square * x[1];
 }
 
 void patch_trace_noise(unsigned seed, double *z, size_t n) {
@@ -4365,13 +4356,12 @@ static void trace_bases(const Family *f, size_t example, int base, patch_run *ru
                         patch_edit *edits) {
     const Trace *t = f->ctx;
     const int range = t->fact->end - t->fact->begin;
-
     (void)example, (void)base;
-    for (int i = 0; i < t->o->samples * range; i++)
+    for (int i = 0; i < t->o->samples * range; i++) /* [S, range] */
         edits[i] = (patch_edit){.hook = PATCH_EMBED, .op = PATCH_SET, .head = -1, .src = -1,
                                 .pos = t->fact->begin + i % range,
                                 .values = t->noisy + (size_t)i * t->m->file.C};
-    for (int s = 0; s < t->o->samples; s++) {
+    for (int s = 0; s < t->o->samples; s++) { /* runs[0] stays clean */
         runs[1 + s].edits = edits + s * range;
         runs[1 + s].n_edits = range;
     }
@@ -4385,13 +4375,12 @@ static void trace_item(const Family *f, size_t example, size_t item, int base, i
     const Trace *t = f->ctx;
     const int L = t->m->dims.n_layers, S = t->o->samples, severed = t->o->severed;
     const int layer = (int)item / S % L, pos = (int)item / S / L;
-    const int half = t->o->window / 2, rest = t->o->window - half;
+    const int half = t->o->window / 2, rest = t->o->window - half; /* before, and from */
     const int first = severed || layer < half ? 0 : layer - half;
     const int end = severed || layer + rest > L ? L : layer + rest;
     const int corrupted = base + 1 + (int)item % S; /* its run */
     const patch_hook hook = t->kind == PATCH_TRACE_MLP ? PATCH_MLP_OUT : PATCH_ATTN_OUT;
     int n = run[corrupted - at].n_edits;
-
     (void)example;
     memcpy(edits, run[corrupted - at].edits, (size_t)n * sizeof *edits); /* the noise */
     if (t->kind == PATCH_TRACE_RESID || severed)
@@ -4435,7 +4424,6 @@ patch_status patch_trace_sigma(const patch_model *m, const int *tokens, size_t n
 static int noisy_embeddings(const Trace *t, float *noisy) {
     const size_t C = t->m->file.C;
     Random r;
-
     random_seed(&r, 1);
     for (int s = 0; s < t->o->samples; s++)
         for (int i = t->fact->begin; i < t->fact->end; i++, noisy += C) {
@@ -4514,7 +4502,7 @@ typedef struct Ablation {
     const size_t *sets; /* [n_sets + 1] where each item's cells begin */
     float *values;      /* [groups, L, T, width] zeros, means or noise */
     patch_hook hook;    /* of all cells */
-    size_t T, width;
+    size_t T, width;    /* tokens of each prompt; floats of a row at the hook point */
 } Ablation;
 
 /* Bases: an example's clean run and its partner's. */
@@ -4551,19 +4539,18 @@ static void ablate_slice(const Ablation *a, size_t example, int partner, int lay
     const size_t part = hook_facts[a->hook].shape == 'R' ? a->m->file.C : a->m->file.D;
     const size_t row = (group * a->m->file.L + (size_t)layer) * a->T + (pos < 0 ? 0 : (size_t)pos);
     patch_edit *edit = &edits[run->n_edits++];
-
     *edit = copy_from(partner, a->hook, layer, pos, head);
     edit->op = ops[a->o->by];
     edit->values = a->values + row * a->width + (head < 0 ? 0 : (size_t)head * part);
-    edit->stride = a->width;
+    edit->stride = a->width; /* pos -1: each position has values of its own */
 }
 
 /* A row of which no head is kept is ablated whole: attention then is not computed for it. */
 static void ablate_item(const Family *f, size_t example, size_t item, int base, int at,
                         patch_run *run, patch_edit *edits) {
     const Ablation *a = f->ctx;
-    const int one_by_one = a->o->n_positions > 0, T = (int)a->T, H = a->m->dims.n_heads;
-
+    const int one_by_one = a->o->n_positions > 0; /* else one edit serves all positions */
+    const int T = (int)a->T, H = a->m->dims.n_heads;
     (void)at;
     run->edits = edits;
     run->n_edits = 0;
@@ -4575,8 +4562,8 @@ static void ablate_item(const Family *f, size_t example, size_t item, int base, 
     }
     for (int l = 0; l < a->m->dims.n_layers && a->o->keep; l++)
         for (int pos = one_by_one ? 0 : -1; pos < (one_by_one ? T : 0); pos++) {
-            const int some = is_named(a->o, example, pos) && is_kept(a, item, l, -1);
-            for (int h = some ? 0 : -1; h < (some ? H : 0); h++)
+            const int some = is_named(a->o, example, pos) && is_kept(a, item, l, -1); /* is kept */
+            for (int h = some ? 0 : -1; h < (some ? H : 0); h++) /* -1: all heads at once */
                 if (!some || !is_kept(a, item, l, h))
                     ablate_slice(a, example, base + 1, l, pos, h, run, edits);
         }
@@ -4588,12 +4575,12 @@ static patch_status ablation_values(const Ablation *a, const patch_example *x, s
                                     patch_error *e) {
     const patch_ablation *o = a->o;
     const size_t L = a->m->file.L, size = a->T * a->width, all = (size_t)o->n_groups * L * size;
-    const double N = (double)n * (double)size;
+    const double N = (double)n * (double)size; /* numbers of a layer */
     Pool pool = pool_begin(&a->m->allocator, SIZE_MAX / 2);
-    double *sum = pool_take(&pool, all, sizeof *sum);             /* [groups, L, T, width] */
-    double *count = pool_take(&pool, (size_t)o->n_groups, sizeof *count);
-    double *moments = pool_take(&pool, 2 * L, sizeof *moments);   /* [L, 2] of x and x^2 */
-    float *rows = pool_take(&pool, L * size, sizeof *rows);       /* [L, T, width] */
+    double *sum = pool_take(&pool, all, sizeof *sum);           /* [groups, L, T, width] */
+    double *count = pool_take(&pool, (size_t)o->n_groups, sizeof *count); /* examples of each */
+    double *moments = pool_take(&pool, 2 * L, sizeof *moments); /* [L, 2] sums of x and x^2 */
+    float *rows = pool_take(&pool, L * size, sizeof *rows);     /* [L, T, width] */
     patch_read *reads = pool_take(&pool, L, sizeof *reads);
     patch_status s =
         sum && count && moments && rows && reads ? PATCH_OK : no_memory(e, "ablate", pool.refused);
@@ -4647,7 +4634,7 @@ static patch_status check_ablation(const Model *m, const patch_example *x, size_
         WITHIN("number of tokens", x[run].n_tokens, 1, m->dims.n_ctx);
         WITHIN("number of tokens", x[run].n_tokens, x[0].n_tokens, x[0].n_tokens);
         if (o->by == PATCH_BY_RESAMPLE)
-            WITHIN("partner", o->partner[run], 0, n - 1);
+            WITHIN("partner", o->partner ? o->partner[run] : -1, 0, n - 1);
         if (o->groups != NULL)
             WITHIN("group", o->groups[run], 0, o->n_groups - 1);
         for (size_t i = 0; i < (size_t)o->n_positions; i++)
@@ -4662,7 +4649,7 @@ patch_status patch_ablate(const patch_model *m, const patch_example *x, size_t n
                           const patch_ablation *o, double *values, double *unpatched,
                           patch_stats *stats, patch_error *e) {
     const size_t L = m->file.L;
-    size_t most = 0; /* cells of a set */
+    size_t most = 0; /* cells of the largest set */
     patch_status s = check_ablation(m, x, n, cells, sets[n_sets], o, e);
 
     if (s != PATCH_OK || n == 0 || n_sets == 0)
@@ -4670,13 +4657,13 @@ patch_status patch_ablate(const patch_model *m, const patch_example *x, size_t n
     for (size_t i = 0; i < n_sets; i++)
         most = sets[i + 1] - sets[i] > most ? sets[i + 1] - sets[i] : most;
     Ablation a = {.m = m, .o = o, .cells = cells, .sets = sets, .T = (size_t)x[0].n_tokens,
-                  .hook = sets[n_sets] ? cells->hook : PATCH_Z};
+                  .hook = sets[n_sets] ? cells->hook : PATCH_Z}; /* no cells: keep nothing */
     const Family f = {.x = x, .n = n, .per_example = n_sets, .metric = o->metric,
                       .bases = 2, .fill_bases = ablate_bases, .item_runs = 1, .ctx = &a,
                       .item_edits = (o->keep ? L * m->file.H : most) * (o->n_positions ? a.T : 1),
                       .fill_item = ablate_item};
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    double *both = pool_take(&pool, 2 * n, sizeof *both); /* of all bases */
+    double *both = pool_take(&pool, 2 * n, sizeof *both); /* [n,2] of all bases */
 
     a.width = hook_width(m, (int)a.hook, 0);
     a.values = pool_take(&pool, (size_t)o->n_groups * L * a.T * a.width, sizeof *a.values);
@@ -4707,10 +4694,9 @@ static void path_item(const Family *f, size_t example, size_t item, int base, in
     const int L = p->m->dims.n_layers, H = p->m->dims.n_heads, n_receivers = (int)p->o->n_receivers;
     const int original = base + f->unpatched, other = base + 1 - f->unpatched;
     int n = 0;
-
     (void)example;
     for (int l = 0; l < L; l++) {
-        edits[n++] = copy_from(original, PATCH_Z, l, -1, -1);
+        edits[n++] = copy_from(original, PATCH_Z, l, -1, -1); /* step 2: held */
         if (l == (int)item / H)
             edits[n++] = copy_from(other, PATCH_Z, l, -1, (int)item % H);
         if (p->o->freeze_mlps)
@@ -4720,7 +4706,7 @@ static void path_item(const Family *f, size_t example, size_t item, int base, in
     runs[0].n_edits = n;
     if (n_receivers == 0)
         return;
-    runs[1].edits = edits + n;
+    runs[1].edits = edits + n; /* step 3 */
     runs[1].n_edits = n_receivers;
     for (const patch_cell *c = p->o->receivers; c < p->o->receivers + n_receivers; c++)
         edits[n++] = copy_from(at, c->hook, c->layer, -1, c->head);
@@ -4738,7 +4724,6 @@ patch_status patch_paths(const patch_model *m, const patch_example *x, size_t n,
                       .unpatched = o->noising ? 0 : 1, .ctx = &p};
     const size_t run = 0;
     const patch_status s = check_examples(m, x, n, o->metric, 1, e);
-
     for (size_t i = 0; s == PATCH_OK && i < o->n_receivers; i++) {
         WITHIN("receiver's hook point", o->receivers[i].hook, PATCH_Q, PATCH_V);
         WITHIN("receiver's layer", o->receivers[i].layer, 0, m->dims.n_layers - 1);
@@ -4768,9 +4753,8 @@ static double attribution(const float *row, size_t C, double scale, const double
 static int lens_direction(const Work *w, const patch_example *x, double *direction, double *other,
                           double *bias) {
     const ModelFile *f = &w->m->file;
-    float *ln = w->scale; /* [2,C] */
-    double minus;
-
+    float *ln = w->scale; /* [2,C] weight, bias */
+    double minus;         /* the wrong answer's bias */
     if (!unembed_column(w, x->answer, direction, bias) ||
         !unembed_column(w, x->wrong, other, &minus))
         return 0;
@@ -4813,7 +4797,6 @@ static void lens_parts(const Model *m, const patch_read *reads, const double *di
     const double scale = (double)*reads[5 * L + 3].out;
     double *accumulated = out->accumulated + b * (2 * L + 1), *lens = out->lens + b * (2 * L + 1);
     double *layers = out->layers + b * (2 * L + 2), *heads = out->heads + b * (L * H + 1), sum = 0;
-
     for (size_t i = 0; i <= 2 * L; i++) { /* resid_pre and resid_mid in turn, the last resid_post */
         const float *row = reads[2 + i / 2 * 5 + i % 2 * 2].out;
         float own;
@@ -4841,16 +4824,15 @@ patch_status patch_logit_lens(const patch_model *m, const patch_example *x, size
     double *direction = pool_take(&pool, 2 * C, sizeof *direction), bias;
     Work w;
     patch_status s = check_examples(m, x, n, PATCH_LOGIT_DIFF, 0, e);
-
     if (s == PATCH_OK)
         s = rows && reads && direction ? work_begin(&w, m, &pool, NULL, e)
                                        : no_memory(e, "lens", pool.refused);
     for (size_t b = 0; s == PATCH_OK && b < n; b++) {
         const patch_run run = {x[b].clean, x[b].n_tokens, NULL, 0};
         const size_t n_reads = lens_reads(m, run.n_tokens - 1, rows, reads);
-        s = lens_direction(&w, &x[b], direction, direction + C, &bias) ? PATCH_OK : unreadable(m, e);
-        if (s == PATCH_OK)
-            s = patch_execute(m, &run, 1, reads, n_reads, NULL, e);
+        s = lens_direction(&w, &x[b], direction, direction + C, &bias)
+                ? patch_execute(m, &run, 1, reads, n_reads, NULL, e)
+                : unreadable(m, e);
         if (s == PATCH_OK)
             lens_parts(m, reads, direction, bias, out, b);
     }
@@ -4871,7 +4853,7 @@ patch_status patch_head_kinds(const patch_model *m, const int *tokens, int n_tok
                               patch_error *e) {
     const size_t T = (size_t)n_tokens, L = m->file.L, H = m->file.H;
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    float *patterns = pool_take(&pool, L * H * T * T, sizeof *patterns);
+    float *patterns = pool_take(&pool, L * H * T * T, sizeof *patterns); /* [L,H,T,T] */
     patch_read *reads = pool_take(&pool, L, sizeof *reads);
     const patch_run run = {tokens, n_tokens, NULL, 0};
 
@@ -4884,7 +4866,7 @@ patch_status patch_head_kinds(const patch_model *m, const int *tokens, int n_tok
         const float *p = patterns + i % (L * H) * T * T;
         double hit = 0, all = 0;
         for (size_t d = 0; d < T; d++)
-            for (size_t k = 0; k < T; k++, p++) {
+            for (size_t k = 0; k < T; k++, p++) { /* from d to k, row by row */
                 all += (double)*p;
                 if (k <= d && head_kind_detects(tokens, d, k, (int)(i / (L * H))))
                     hit += (double)*p;
@@ -4905,7 +4887,6 @@ static patch_status extended_embeddings(const Model *m, Pool *pool, const int *n
     const patch_edit edits[] = {
         {.hook = PATCH_POS_EMBED, .op = PATCH_SET, .head = -1, .src = -1, .values = zeros},
         {.hook = PATCH_ATTN_OUT, .op = PATCH_SET, .head = -1, .src = -1, .values = zeros}};
-
     if (!zeros || !runs || !reads)
         return no_memory(e, "copying", pool->refused);
     for (size_t i = 0; i < n; i++) {
@@ -4924,12 +4905,12 @@ static patch_status copying_rows(const Work *w, size_t layer, const float *x, si
     Linear l = layer_linear(m, layer, LINEAR_V);
     Rows r = {.n = n, .x = x, .ldx = C, .y = v, .ldy = C};
 
-    l.drop_bias = 1;
+    l.drop_bias = 1; /* neither b_V nor, below, b_O */
     patch_status s = linear(w, &l, &r, NULL, e);
     for (size_t h = 0; h < H && s == PATCH_OK; h++) {
         l = layer_linear(m, layer, LINEAR_O);
         l.k = D;
-        l.first_row = h * D;
+        l.first_row = h * D; /* the head's [D,C] of W_O */
         l.drop_bias = 1;
         r.x = v + h * D;
         r.y = out + h * n * C;
@@ -4968,12 +4949,12 @@ patch_status patch_copying_scores(const patch_model *m, const int *names, size_t
         WITHIN("name", names[run], 0, m->dims.d_vocab - 1);
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
     float *x = pool_take(&pool, n * C, sizeof *x), *v = pool_take(&pool, n * C, sizeof *v);
-    float *out = pool_take(&pool, rows * C, sizeof *out);
-    float *logits = pool_take(&pool, most * V, sizeof *logits);
-    float *middle = pool_take(&pool, V, sizeof *middle);
-    float *ln = pool_take(&pool, 2 * C, sizeof *ln); /* [2,C], zeros where it is folded */
-    double *mean = pool_take(&pool, C, sizeof *mean), bias_mean;
-    int *hits = pool_take(&pool, 2 * L * rows, sizeof *hits); /* [L,H,n,2] by W_V W_O, negative */
+    float *out = pool_take(&pool, rows * C, sizeof *out);       /* [H,n,C] of one layer */
+    float *logits = pool_take(&pool, most * V, sizeof *logits); /* [most,V] */
+    float *middle = pool_take(&pool, V, sizeof *middle);        /* [V] */
+    float *ln = pool_take(&pool, 2 * C, sizeof *ln);            /* [2,C], zeros where folded */
+    double *mean = pool_take(&pool, C, sizeof *mean), bias_mean; /* what center_unembed takes off */
+    int *hits = pool_take(&pool, 2 * L * rows, sizeof *hits);   /* [L,H,n,2] positive, negative */
     const int folded = (m->steps & DID_FOLD_LN) != 0;
     Work w;
 
