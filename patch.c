@@ -4505,15 +4505,6 @@ typedef struct Ablation {
     size_t T, width;    /* tokens of each prompt; floats of a row at the hook point */
 } Ablation;
 
-/* Bases: an example's clean run and its partner's. */
-static void ablate_bases(const Family *f, size_t example, int base, patch_run *runs,
-                         patch_edit *edits) {
-    const Ablation *a = f->ctx;
-    (void)base, (void)edits;
-    if (a->o->by == PATCH_BY_RESAMPLE)
-        runs[1].tokens = f->x[a->o->partner[example]].clean;
-}
-
 /* Is this one of an example's positions? All are where none are given. */
 static int is_named(const patch_ablation *o, size_t example, int pos) {
     const size_t n = (size_t)o->n_positions;
@@ -4656,18 +4647,22 @@ patch_status patch_ablate(const patch_model *m, const patch_example *x, size_t n
         return s;
     for (size_t i = 0; i < n_sets; i++)
         most = sets[i + 1] - sets[i] > most ? sets[i + 1] - sets[i] : most;
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    double *both = pool_take(&pool, 2 * n, sizeof *both);      /* [n,2] of all bases */
+    patch_example *pairs = pool_take(&pool, n, sizeof *pairs); /* each with its partner's prompt */
     Ablation a = {.m = m, .o = o, .cells = cells, .sets = sets, .T = (size_t)x[0].n_tokens,
                   .hook = sets[n_sets] ? cells->hook : PATCH_Z}; /* no cells: keep nothing */
-    const Family f = {.x = x, .n = n, .per_example = n_sets, .metric = o->metric,
-                      .bases = 2, .fill_bases = ablate_bases, .item_runs = 1, .ctx = &a,
+    const Family f = {.x = pairs, .n = n, .per_example = n_sets, .metric = o->metric,
+                      .bases = 2, .fill_bases = fill_both, .item_runs = 1, .ctx = &a,
                       .item_edits = (o->keep ? L * m->file.H : most) * (o->n_positions ? a.T : 1),
                       .fill_item = ablate_item};
-    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    double *both = pool_take(&pool, 2 * n, sizeof *both); /* [n,2] of all bases */
-
     a.width = hook_width(m, (int)a.hook, 0);
     a.values = pool_take(&pool, (size_t)o->n_groups * L * a.T * a.width, sizeof *a.values);
-    if (!both || !a.values)
+    for (size_t i = 0; pairs != NULL && i < n; i++) {
+        pairs[i] = x[i];
+        pairs[i].corrupted = o->by == PATCH_BY_RESAMPLE ? x[o->partner[i]].clean : NULL;
+    }
+    if (!both || !pairs || !a.values)
         s = no_memory(e, "ablate", pool.refused);
     else if (o->by == PATCH_BY_MEAN || o->by == PATCH_BY_NOISE)
         s = ablation_values(&a, x, n, e);
