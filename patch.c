@@ -3738,8 +3738,9 @@ patch_status patch_sweep_cells(const patch_model *m, const char *sweep, int n_to
     return PATCH_OK;
 }
 
-/* ==== 11. Further analyses ==================================================================== */
-#ifndef PATCH_CORE /* what stands on the core */
+/* ==== 11. Further analyses =======================================================================
+   Each stands on the engine: a list of runs with edits, and what is read of them. */
+#ifndef PATCH_CORE
 
 /* ---- 11.1 refactor_factored_attn_matrices: step 5 of the weight processing ----------------------
    Scores depend on W_Q and W_K, and what a head writes on W_V and W_O, through a product A . B^T
@@ -3761,9 +3762,9 @@ patch_status patch_sweep_cells(const patch_model *m, const char *sweep, int n_to
 /* Four sums side by side; a single one would wait for each addition before it starts the next. */
 static double dot(const double *x, const double *y, size_t n) {
     double s[4] = {0};
-    size_t i, j;
+    size_t i;
     for (i = 0; i + 4 <= n; i += 4)
-        for (j = 0; j < 4; j++)
+        for (size_t j = 0; j < 4; j++)
             s[j] += x[i + j] * y[i + j];
     for (; i < n; i++)
         s[0] += x[i] * y[i];
@@ -3772,8 +3773,7 @@ static double dot(const double *x, const double *y, size_t n) {
 
 /* y [n] += c x [n] */
 static void add_scaled(double *restrict y, double c, const double *restrict x, size_t n) {
-    size_t i;
-    for (i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++)
         y[i] += c * x[i];
 }
 
@@ -3782,13 +3782,11 @@ static void add_scaled(double *restrict y, double c, const double *restrict x, s
 static void reflect(double *a, size_t rows, size_t d, size_t j, double tau, double *w) {
     const size_t n = d - j - 1;
     double *top = a + j * d + j + 1; /* of the part that changes; one to the left of it is v */
-    size_t i;
-
     memcpy(w, top, n * sizeof *w);
-    for (i = 1; i < rows - j; i++)
+    for (size_t i = 1; i < rows - j; i++)
         add_scaled(w, top[i * d - 1], top + i * d, n);
     add_scaled(top, -tau, w, n);
-    for (i = 1; i < rows - j; i++)
+    for (size_t i = 1; i < rows - j; i++)
         add_scaled(top + i * d, -tau * top[i * d - 1], w, n);
 }
 
@@ -3796,19 +3794,17 @@ static void reflect(double *a, size_t rows, size_t d, size_t j, double tau, doub
    product is Q, and tau [d]. Reflection j turns column j, from row j down, into (r, 0, ..., 0). The
    sign of r is opposite to the head's, so that nothing cancels in head - r. */
 static void qr(double *a, size_t rows, size_t d, double *tau, double *w) {
-    size_t i, j;
-    for (j = 0; j < d; j++) {
+    for (size_t j = 0; j < d; j++) {
         const double head = a[j * d + j];
-        double tail = 0, r;
-
-        for (i = j + 1; i < rows; i++)
+        double tail = 0;
+        for (size_t i = j + 1; i < rows; i++)
             tail += a[i * d + j] * a[i * d + j];
         tau[j] = 0;
         if (tail < DBL_MIN / DBL_EPSILON) /* the last row, or zeros, or (in equal columns) */
             continue;                     /* rounding errors of rounding errors, below any float */
-        r = head > 0 ? -sqrt(head * head + tail) : sqrt(head * head + tail);
+        const double r = head > 0 ? -sqrt(head * head + tail) : sqrt(head * head + tail);
         tau[j] = (r - head) / r;
-        for (i = j + 1; i < rows; i++)
+        for (size_t i = j + 1; i < rows; i++)
             a[i * d + j] /= head - r;
         a[j * d + j] = r;
         reflect(a, rows, d, j, tau[j], w);
@@ -3818,14 +3814,10 @@ static void qr(double *a, size_t rows, size_t d, double *tau, double *w) {
 /* Turn what qr left into Q [rows,d]: column j is reflections j, ..., 0 of unit vector j. From the
    last on, each makes its own column in the place of its v and changes those to the right. */
 static void form_q(double *a, size_t rows, size_t d, const double *tau, double *w) {
-    size_t i, j;
-    for (j = d; j-- > 0;) {
+    for (size_t j = d; j-- > 0;) {
         reflect(a, rows, d, j, tau[j], w);
-        for (i = 0; i < j; i++)
-            a[i * d + j] = 0;
-        a[j * d + j] = 1 - tau[j];
-        for (i = j + 1; i < rows; i++)
-            a[i * d + j] *= -tau[j];
+        for (size_t i = 0; i < rows; i++)
+            a[i * d + j] = i < j ? 0 : i == j ? 1 - tau[j] : a[i * d + j] * -tau[j];
     }
 }
 
@@ -3834,24 +3826,20 @@ static void form_q(double *a, size_t rows, size_t d, const double *tau, double *
    done. A squared length up to `noise` is rounding error, without a direction, and left alone. */
 static int settle(double *restrict x, double *restrict y, size_t d, double noise) {
     const double tolerance = DBL_EPSILON * sqrt((double)d); /* a dot product's own error */
-    double xx = dot(x, x, d), yy = dot(y, y, d), xy = dot(x, y, d), half, t, c, s, h;
+    double xx = dot(x, x, d), yy = dot(y, y, d), xy = dot(x, y, d), t;
     const int exchange = xx < yy;
-    size_t i;
-
     if (exchange) {
-        for (i = 0; i < 2 * d; i++)
+        for (size_t i = 0; i < 2 * d; i++)
             t = x[i], x[i] = y[i], y[i] = t;
         t = xx, xx = yy, yy = t;
     }
     if (yy <= noise || !(fabs(xy) > tolerance * sqrt(xx) * sqrt(yy)))
         return exchange;
-    half = (xx - yy) / 2;              /* tan(2 angle) = xy / half */
+    const double half = (xx - yy) / 2; /* tan(2 angle) = xy / half */
     t = xy / (half + hypot(half, xy)); /* tan(angle), at most 1 */
-    c = 1 / sqrt(1 + t * t);
-    s = c * t;
-    h = s / (1 + c);
-    for (i = 0; i < 2 * d; i++) { /* x, y = c x + s y, c y - s x, but with c = 1 - s h: so, over */
-        const double xi = x[i], yi = y[i]; /* all the rotations lengths drift by 2e-15, */
+    const double c = 1 / sqrt(1 + t * t), s = c * t, h = s / (1 + c);
+    for (size_t i = 0; i < 2 * d; i++) { /* x, y = c x + s y, c y - s x, with c = 1 - s h: so, */
+        const double xi = x[i], yi = y[i]; /* over all the rotations, lengths drift by 2e-15, */
         x[i] = xi + s * (yi - h * xi);     /* with c itself by 1e-14 */
         y[i] = yi - s * (xi + h * yi);
     }
@@ -3860,10 +3848,9 @@ static int settle(double *restrict x, double *restrict y, size_t d, double noise
 
 /* a [rows,d] = a . M [d,d]. m: the columns of M, 2 d apart. row: scratch [d]. */
 static void times(double *a, size_t rows, size_t d, const double *m, double *row) {
-    size_t i, j;
-    for (i = 0; i < rows; i++) {
+    for (size_t i = 0; i < rows; i++) {
         memcpy(row, a + i * d, d * sizeof *row);
-        for (j = 0; j < d; j++)
+        for (size_t j = 0; j < d; j++)
             a[i * d + j] = dot(row, m + j * 2 * d, d);
     }
 }
@@ -3874,28 +3861,30 @@ static void times(double *a, size_t rows, size_t d, const double *m, double *row
    then scratch of 3 d + 2 d d. In gj [d,2 d] row j is column j of G, then column j of J. */
 static void factor_product(double *ab, size_t rows, size_t d, int balance) {
     double *a = ab, *b = a + rows * d, *tau_a = b + rows * d, *tau_b = tau_a + d, *row = tau_b + d;
-    double *gj = row + d, *column, noise = 0;
-    int sweep, again = 1;
-    size_t i, p, q;
+    double *gj = row + d, noise = 0;
 
     qr(a, rows, d, tau_a, row);
     qr(b, rows, d, tau_b, row);
-    for (p = 0, column = gj; p < d; p++, column += 2 * d) {
-        for (i = 0; i < d; i++) {
-            q = i > p ? i : p; /* R is zero to the left of its diagonal */
+    for (size_t p = 0; p < d; p++) {
+        double *column = gj + p * 2 * d;
+        for (size_t i = 0; i < d; i++) {
+            const size_t q = i > p ? i : p; /* R is zero to the left of its diagonal */
             column[i] = dot(a + i * d + q, b + p * d + q, d - q);
             column[d + i] = i == p; /* J is as yet the identity */
         }
         noise += DBL_EPSILON * DBL_EPSILON * dot(column, column, d);
     }
-    for (sweep = 0; again && sweep < 60; sweep++) /* 9 or 10 for d = 64, 16 seen */
-        for (again = 0, p = 0; p < d; p++)
-            for (q = p + 1; q < d; q++)
+    for (int sweep = 0, again = 1; again && sweep < 60; sweep++) { /* 9 or 10 for d = 64, 16 seen */
+        again = 0;
+        for (size_t p = 0; p < d; p++)
+            for (size_t q = p + 1; q < d; q++)
                 again |= settle(gj + p * 2 * d, gj + q * 2 * d, d, noise);
-    for (p = 0, column = gj; p < d; p++, column += 2 * d) {
+    }
+    for (size_t p = 0; p < d; p++) {
+        double *column = gj + p * 2 * d;
         const double ss = dot(column, column, d), s = ss <= noise ? 0 : sqrt(ss);
         const double left = s == 0 ? 0 : balance ? 1 / sqrt(s) : 1, right = balance ? sqrt(s) : 1;
-        for (i = 0; i < 2 * d; i++)
+        for (size_t i = 0; i < 2 * d; i++)
             column[i] *= i < d ? left : right;
     }
     form_q(a, rows, d, tau_a, row);
@@ -3913,15 +3902,14 @@ static float *factor_at(float *w, size_t C, size_t which, size_t i, size_t j) {
 /* Step 5 for the D columns from `at` on, a head, of one layer. Scores are, with the biases as row
    C, [x,1] [W_Q;b_Q] [W_K;b_K]^T [y,1]. ab: A, B and the scratch of factor_product. */
 static void factor_head(float *w, size_t C, size_t D, size_t at, double *ab) {
-    size_t pair, rows, i, j;
-    for (pair = LINEAR_Q; pair <= LINEAR_V; pair += 2) { /* and W_K, and W_O */
-        rows = pair == LINEAR_Q ? C + 1 : C;
-        for (i = 0; i < 2 * rows; i++) /* of A, then of B */
-            for (j = 0; j < D; j++)
+    for (size_t pair = LINEAR_Q; pair <= LINEAR_V; pair += 2) { /* and W_K, and W_O */
+        const size_t rows = pair == LINEAR_Q ? C + 1 : C;
+        for (size_t i = 0; i < 2 * rows; i++) /* of A, then of B */
+            for (size_t j = 0; j < D; j++)
                 ab[i * D + j] = (double)*factor_at(w, C, pair + i / rows, i % rows, at + j);
         factor_product(ab, rows, D, pair == LINEAR_Q);
-        for (i = 0; i < 2 * rows; i++)
-            for (j = 0; j < D; j++)
+        for (size_t i = 0; i < 2 * rows; i++)
+            for (size_t j = 0; j < D; j++)
                 *factor_at(w, C, pair + i / rows, i % rows, at + j) = (float)ab[i * D + j];
     }
 }
@@ -3930,28 +3918,26 @@ static void factor_head(float *w, size_t C, size_t D, size_t at, double *ab) {
    folded into b_O whether or not step 4 is on, as in TransformerLens. */
 static patch_status factor_model(Model *m, patch_error *e) {
     const size_t C = m->file.C, D = m->file.D, per_layer = 4 * C * C + 4 * C;
-    const size_t n_ab = 2 * (C + 1) * D + 3 * D + 2 * D * D;
+    const size_t n_ab = 2 * (C + 1) * D + 3 * D + 2 * D * D, n_out = m->file.L * per_layer;
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
     float *panels = pool_take(&pool, (C + PANEL - 1) / PANEL * PANEL * C, sizeof *panels);
     double *value_bias = pool_take(&pool, C, sizeof *value_bias); /* [C] */
     double *ab = pool_take(&pool, n_ab * (size_t)m->threads, sizeof *ab);
-    float *out = take(&m->allocator, m->file.L * per_layer, sizeof *out), *w = out;
-    patch_status s;
+    float *out = take(&m->allocator, n_out, sizeof *out); /* outlives the call */
     Work work;
-    size_t which, i, j;
+    patch_status s = panels && value_bias && ab && out
+                         ? work_begin(&work, m, &pool, NULL, e)
+                         : no_memory(e, "refactored attention", n_out * sizeof *out);
 
-    s = panels && value_bias && ab && out
-            ? work_begin(&work, m, &pool, NULL, e)
-            : no_memory(e, "refactored attention", m->file.L * per_layer * sizeof(float));
-    for (; s == PATCH_OK && w < out + m->file.L * per_layer; w += per_layer) {
-        for (which = LINEAR_Q; which <= LINEAR_O && s == PATCH_OK; which++) {
+    for (float *w = out; s == PATCH_OK && w < out + n_out; w += per_layer) {
+        for (size_t which = LINEAR_Q; which <= LINEAR_O && s == PATCH_OK; which++) {
             Linear l = layer_linear(m, (size_t)(w - out) / per_layer, (int)which);
             l.shift = which == LINEAR_O ? value_bias : NULL;
             s = linear(&work, &l, NULL, panels, e);
-            for (i = 0; i < C; i++)
-                for (j = 0; j < C; j++)
+            for (size_t i = 0; i < C; i++)
+                for (size_t j = 0; j < C; j++)
                     w[(which * C + i) * C + j] = panels[(j / PANEL * C + i) * PANEL + j % PANEL];
-            for (j = 0; j < C; j++)
+            for (size_t j = 0; j < C; j++)
                 w[(4 * C + which) * C + j] = which == LINEAR_V ? 0.0f : (float)work.bias[j];
             if (which == LINEAR_V)
                 memcpy(value_bias, work.bias, C * sizeof *value_bias);
@@ -3967,72 +3953,55 @@ static patch_status factor_model(Model *m, patch_error *e) {
     return pool_end(&pool, s);
 }
 
-
-/* ---- 11.2 Causal tracing: Meng et al. 2022, arXiv:2202.05262 ---- */
-
-/* numpy's RandomState: MT19937 (Matsumoto and Nishimura 1998) and its Gaussian numbers. Equal bit
-   for bit, so nothing here may be fused or reordered: Gaussians come from the polar method in
-   double. */
+/* ---- 11.2 Causal tracing: Meng et al. 2022, arXiv:2202.05262 ------------------------------------
+   The noise is numpy's RandomState: MT19937 (Matsumoto and Nishimura 1998), two words of which make
+   a double, two doubles by the polar method two Gaussian numbers, of which it keeps one for the
+   next call. It is equal bit for bit, hence nothing here may be fused or reordered. */
 typedef struct Random {
-    uint32_t state[624];
-    int at, has_spare;
+    uint32_t state[624]; /* the words of now; the next 624 are made from them */
+    int at, has_spare;   /* which word comes next; is there a Gaussian number in hand? */
     double spare;
 } Random;
 
 static void random_seed(Random *r, uint32_t seed) {
-    int i;
-
     r->state[0] = seed;
-    for (i = 1; i < 624; i++)
+    for (int i = 1; i < 624; i++)
         r->state[i] = 1812433253u * (r->state[i - 1] ^ r->state[i - 1] >> 30) + (uint32_t)i;
     r->at = 624;
     r->has_spare = 0;
 }
 
 static uint32_t random_u32(Random *r) {
-    uint32_t y;
-    int i;
-
     if (r->at == 624) {
-        for (i = 0; i < 624; i++) {
-            y = (r->state[i] & 0x80000000u) | (r->state[(i + 1) % 624] & 0x7FFFFFFFu);
-            r->state[i] = r->state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908B0DFu : 0);
+        uint32_t *x = r->state;
+        for (int i = 0; i < 624; i++) {
+            const uint32_t y = (x[i] & 0x80000000u) | (x[(i + 1) % 624] & 0x7FFFFFFFu);
+            x[i] = x[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908B0DFu : 0);
         }
         r->at = 0;
     }
-    y = r->state[r->at++];
+    uint32_t y = r->state[r->at++]; /* and tempered, so that its bits are evenly spread */
     y ^= y >> 11;
     y ^= y << 7 & 0x9D2C5680u;
     y ^= y << 15 & 0xEFC60000u;
     return y ^ y >> 18;
 }
 
-static double random_double(Random *r) { /* 53 bits, 0 <= x < 1 */
-    const double high = random_u32(r) >> 5, low = random_u32(r) >> 6;
-
-    return (high * 67108864.0 + low) / 9007199254740992.0;
-}
-
 static double random_gauss(Random *r) {
-    volatile double x, y, square; /* volatile: no fused multiply-add, numpy has none */
-
-    if (r->has_spare) {
-        r->has_spare = 0;
+    volatile double x[2], xx[2], square; /* volatile: no fused multiply-add, numpy has none */
+    if ((r->has_spare = !r->has_spare) == 0)
         return r->spare;
-    }
-    do {
-        volatile double xx, yy;
-
-        x = 2.0 * random_double(r) - 1.0;
-        y = 2.0 * random_double(r) - 1.0;
-        xx = x * x;
-        yy = y * y;
-        square = xx + yy;
+    do { /* a point within the unit circle */
+        for (int i = 0; i < 2; i++) {
+            const double high = random_u32(r) >> 5, low = random_u32(r) >> 6; /* 53 bits in all */
+            x[i] = 2.0 * ((high * 67108864.0 + low) / 9007199254740992.0) - 1.0;
+            xx[i] = x[i] * x[i];
+        }
+        square = xx[0] + xx[1];
     } while (square >= 1.0 || square == 0.0);
     square = sqrt(-2.0 * log(square) / square);
-    r->spare = square * x;
-    r->has_spare = 1;
-    return square * y;
+    r->spare = square * x[0];
+    return square * x[1];
 }
 
 void patch_trace_noise(unsigned seed, double *z, size_t n) {
@@ -4042,208 +4011,165 @@ void patch_trace_noise(unsigned seed, double *z, size_t n) {
         z[i] = random_gauss(&r);
 }
 
-/* A fact's traces: the family of one prompt. Bases: the clean run, then `samples` corrupted ones,
-   whose subject's token embeddings are set to noisy ones. An item is (token, layer, sample). */
+/* The edit that takes a head's slice (head -1: the whole vector) from an earlier run. */
+static patch_edit copy_from(int source, patch_hook hook, int layer, int pos, int head) {
+    return (patch_edit){.hook = hook, .op = PATCH_COPY, .layer = layer, .pos = pos, .head = head,
+                        .src = -1, .source = source};
+}
+
+/* A fact's traces are a family of one prompt. Bases: the clean run, then S = `samples` corrupted
+   ones, whose subject's token embeddings are set to noisy ones. Items of one kind: [T, L, S]. */
 typedef struct Trace {
     const Model *m;
     const patch_trace_options *o;
     const patch_fact *fact;
-    float *noisy; /* [samples, range, C] */
-    int kind;
+    float *noisy; /* [S, range, C], range being the number of the subject's tokens */
+    int kind;     /* patch_trace_kind */
 } Trace;
 
 static void trace_bases(const Family *f, size_t example, int base, patch_run *runs,
                         patch_edit *edits) {
     const Trace *t = f->ctx;
     const int range = t->fact->end - t->fact->begin;
-    const size_t C = t->m->file.C;
-    int s, i;
-
     (void)example, (void)base;
-    for (s = 1; s <= t->o->samples; s++) {
-        runs[s].edits = edits;
-        runs[s].n_edits = range;
-        for (i = 0; i < range; i++, edits++) {
-            edits->hook = PATCH_EMBED;
-            edits->op = PATCH_SET;
-            edits->pos = t->fact->begin + i;
-            edits->head = edits->src = -1;
-            edits->values = t->noisy + ((size_t)(s - 1) * (size_t)range + (size_t)i) * C;
-        }
+    for (int i = 0; i < t->o->samples * range; i++) /* [S, range] */
+        edits[i] = (patch_edit){.hook = PATCH_EMBED, .op = PATCH_SET, .head = -1, .src = -1,
+                                .pos = t->fact->begin + i % range,
+                                .values = t->noisy + (size_t)i * t->m->file.C};
+    for (int s = 0; s < t->o->samples; s++) { /* runs[0] stays clean */
+        runs[1 + s].edits = edits + s * range;
+        runs[1 + s].n_edits = range;
     }
-}
-
-static void copy_whole(patch_edit *e, patch_hook hook, int layer, int pos, int source) {
-    e->hook = hook;
-    e->op = PATCH_COPY;
-    e->layer = layer;
-    e->pos = pos;
-    e->head = e->src = -1;
-    e->source = source;
 }
 
 /* Restore resid_post, or mlp_out or attn_out over a window of layers, at one token of one sample.
    Severed: restore resid_post while mlp_out or attn_out stay as they were in the corrupted run, in
-   every layer. */
+   every layer; what of the effect is left did not go through them. */
 static void trace_item(const Family *f, size_t example, size_t item, int base, int at,
                        patch_run *run, patch_edit *edits) {
     const Trace *t = f->ctx;
-    const int L = t->m->dims.n_layers, samples = t->o->samples, severed = t->o->severed;
-    const int sample = 1 + (int)(item % (size_t)samples), place = (int)(item / (size_t)samples);
-    const int layer = place % L, pos = place / L;
-    const patch_hook hook = t->kind == PATCH_TRACE_ATTN ? PATCH_ATTN_OUT : PATCH_MLP_OUT;
-    const patch_run *corrupted = run + (base + sample - at);
-    int first = layer - t->o->window / 2, last = layer + (t->o->window + 1) / 2, l, n;
-
+    const int L = t->m->dims.n_layers, S = t->o->samples, severed = t->o->severed;
+    const int layer = (int)item / S % L, pos = (int)item / S / L;
+    const int half = t->o->window / 2, rest = t->o->window - half; /* before, and from */
+    const int first = severed || layer < half ? 0 : layer - half;
+    const int end = severed || layer + rest > L ? L : layer + rest;
+    const int corrupted = base + 1 + (int)item % S; /* its run */
+    const patch_hook hook = t->kind == PATCH_TRACE_MLP ? PATCH_MLP_OUT : PATCH_ATTN_OUT;
+    int n = run[corrupted - at].n_edits;
     (void)example;
-    n = corrupted->n_edits;
-    memcpy(edits, corrupted->edits,
-           (size_t)n * sizeof *edits); /* the noise, of the same contents */
+    memcpy(edits, run[corrupted - at].edits, (size_t)n * sizeof *edits); /* the noise */
     if (t->kind == PATCH_TRACE_RESID || severed)
-        copy_whole(&edits[n++], PATCH_RESID_POST, layer, pos, base);
-    if (t->kind != PATCH_TRACE_RESID) {
-        first = severed || first < 0 ? 0 : first;
-        last = severed || last > L ? L : last;
-        for (l = first; l < last; l++)
-            copy_whole(&edits[n++], hook, l, pos, severed ? base + sample : base);
-    }
+        edits[n++] = copy_from(base, PATCH_RESID_POST, layer, pos, -1);
+    for (int l = first; l < end && t->kind != PATCH_TRACE_RESID; l++)
+        edits[n++] = copy_from(severed ? corrupted : base, hook, l, pos, -1);
     run->edits = edits;
     run->n_edits = n;
 }
 
-/* sigma: `noise` times the standard deviation (unbiased, rounded to float) of all elements of the
-   raw embeddings of all facts' subjects, each subject by itself. */
+/* Of W_E as it is stored, since sigma must not depend on the processing; rounded to float, which is
+   what torch's std of float32 is. */
 patch_status patch_trace_sigma(const patch_model *m, const int *tokens, size_t n, double noise,
                                double *sigma, patch_error *e) {
     const size_t C = m->file.C;
-    double sum = 0, square = 0, mean = 0;
-    size_t i, k, pass, run = 0;
-    Pool pool;
-    float *row;
+    double sum = 0, square = 0;
+    size_t run = 0;
 
     WITHIN("number of subject tokens", n, 1, INT_MAX);
     for (run = 0; run < n; run++)
         WITHIN("subject token", tokens[run], 0, m->dims.d_vocab - 1);
-    pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    if ((row = pool_take(&pool, C, sizeof *row)) == NULL)
-        return pool_end(&pool, no_memory(e, "trace", pool.refused));
-    for (pass = 0; pass < 2; pass++) { /* the mean first */
-        mean = sum / ((double)n * (double)C);
-        for (i = 0, sum = 0; i < n; i++) {
-            if (!weights_row(&m->file, &m->file.tensors[0], (size_t)tokens[i], row, pool.a))
-                return pool_end(&pool, unreadable(m, e));
-            for (k = 0; k < C; k++) {
-                const double d = (double)row[k] - mean;
-
-                sum += d;
-                square += pass ? d * d : 0;
-            }
-        }
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    float *rows = pool_take(&pool, n * C, sizeof *rows); /* [n,C] */
+    patch_status s = rows ? PATCH_OK : no_memory(e, "trace", pool.refused);
+    for (size_t i = 0; s == PATCH_OK && i < n; i++)
+        if (!weights_row(&m->file, &m->file.tensors[0], (size_t)tokens[i], rows + i * C, pool.a))
+            s = unreadable(m, e);
+    for (size_t i = 0; s == PATCH_OK && i < n * C; i++)
+        sum += (double)rows[i];
+    for (size_t i = 0; s == PATCH_OK && i < n * C; i++) {
+        const double d = (double)rows[i] - sum / ((double)n * (double)C);
+        square += d * d;
     }
-    *sigma = noise * (double)(float)sqrt(square / ((double)n * (double)C - 1));
-    return pool_end(&pool, PATCH_OK);
+    if (s == PATCH_OK) /* unbiased: one element is the mean's */
+        *sigma = noise * (double)(float)sqrt(square / ((double)n * (double)C - 1));
+    return pool_end(&pool, s);
 }
 
-/* The noisy embeddings of a fact's subject: float(double(W_E row) + sigma z), and then what
-   center_writing_weights does to an embedding. */
-static int noisy_embeddings(const Model *m, const patch_trace_options *o, const patch_fact *fact,
-                            Random *r, float *row, float *noisy) {
-    const size_t C = m->file.C;
-    int s, i, ok = 1;
-    size_t k;
-
-    random_seed(r, 1);
-    for (s = 0; ok && s < o->samples; s++)
-        for (i = fact->begin; ok && i < fact->end; i++, noisy += C) {
+/* The embeddings of a fact's subject, noisy [samples, range, C] = float(double(W_E row) + sigma z),
+   and then what center_writing_weights does to an embedding. 0: a row is unreadable. */
+static int noisy_embeddings(const Trace *t, float *noisy) {
+    const size_t C = t->m->file.C;
+    Random r;
+    random_seed(&r, 1);
+    for (int s = 0; s < t->o->samples; s++)
+        for (int i = t->fact->begin; i < t->fact->end; i++, noisy += C) {
             double mean = 0;
-
-            ok = weights_row(&m->file, &m->file.tensors[0], (size_t)fact->tokens[i], row,
-                             &m->allocator);
-            for (k = 0; k < C; k++) {
-                volatile double noise = o->sigma * random_gauss(r); /* not fused: numpy rounds it */
-
-                noisy[k] = (float)((double)row[k] + noise);
+            if (!weights_row(&t->m->file, &t->m->file.tensors[0], (size_t)t->fact->tokens[i], noisy,
+                             &t->m->allocator))
+                return 0;
+            for (size_t k = 0; k < C; k++) {
+                volatile double noise = t->o->sigma * random_gauss(&r); /* numpy rounds it */
+                noisy[k] = (float)((double)noisy[k] + noise);
             }
-            if (m->steps & DID_CENTER_WRITING)
-                mean = m->kernels->mean(noisy, C);
-            for (k = 0; k < C; k++)
+            if (t->m->steps & DID_CENTER_WRITING)
+                mean = t->m->kernels->mean(noisy, C);
+            for (size_t k = 0; k < C; k++)
                 noisy[k] = (float)((double)noisy[k] - mean);
         }
-    return ok;
+    return 1;
 }
 
 patch_status patch_trace(const patch_model *m, const patch_fact *fact,
                          const patch_trace_options *o, double *high, double *low, double *cells,
                          patch_stats *stats, patch_error *e) {
-    const size_t T = (size_t)fact->n_tokens, L = m->file.L, S = (size_t)o->samples;
-    const size_t range = (size_t)(fact->end - fact->begin);
-    double *values, *unpatched;
-    patch_example x = {0};
-    Family f = {0};
-    Pool pool;
-    Random *r;
-    float *row;
-    Trace t;
-    patch_status s = PATCH_OK;
-    size_t i, k, run = 0;
+    const size_t T = (size_t)fact->n_tokens, S = (size_t)o->samples, n_cells = T * m->file.L;
+    const patch_example x = {fact->tokens, NULL, fact->n_tokens, fact->answer, 0};
+    size_t run = 0;
 
     WITHIN("samples", o->samples, 1, 10000);
     WITHIN("window", o->window, 1, 100000);
     WITHIN("number of tokens", fact->n_tokens, 1, m->dims.n_ctx);
     WITHIN("subject's end", fact->end, (long)fact->begin + 1, fact->n_tokens);
     WITHIN("subject's beginning", fact->begin, 0, fact->end - 1);
-    WITHIN("answer", fact->answer, 0, m->dims.d_vocab - 1);
-    for (i = 0; i < T; i++)
+    for (size_t i = 0; i < T; i++)
         WITHIN("token", fact->tokens[i], 0, m->dims.d_vocab - 1);
-    pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    row = pool_take(&pool, m->file.C, sizeof *row);
-    r = pool_take(&pool, 1, sizeof *r);
-    x.clean = fact->tokens;
-    x.n_tokens = fact->n_tokens;
-    x.answer = fact->answer;
-    memset(&t, 0, sizeof t);
-    t.m = m;
-    t.o = o;
-    t.fact = fact;
-    t.noisy = pool_take(&pool, S * range * m->file.C, sizeof *t.noisy);
-    values = pool_take(&pool, T * L * S, sizeof *values);
-    unpatched = pool_take(&pool, S + 1, sizeof *unpatched);
-    if (!row || !r || !t.noisy || !values || !unpatched)
-        return pool_end(&pool, no_memory(e, "trace", pool.refused));
-    if (!noisy_embeddings(m, o, fact, r, row, t.noisy))
-        return pool_end(&pool, unreadable(m, e));
-    f.x = &x;
-    f.n = 1;
-    f.per_example = T * L * S;
-    f.bases = S + 1;
-    f.base_edits = S * range;
-    f.item_runs = 1;
-    f.item_edits = range + 1 + L;
-    f.unpatched = 1;
-    f.metric = o->metric;
-    f.fill_bases = trace_bases;
-    f.fill_item = trace_item;
-    f.ctx = &t;
-    for (t.kind = PATCH_TRACE_RESID; s == PATCH_OK && t.kind <= PATCH_TRACE_ATTN; t.kind++) {
-        if (!(o->kinds >> t.kind & 1))
-            continue;
-        s = run_family(m, &f, 0, T * L * S, values, unpatched, NULL, NULL, stats, e);
-        for (i = 0; s == PATCH_OK && i < T * L; i++) {
-            double sum = 0;
+    patch_status s = check_examples(m, &x, 1, o->metric, 0, e);
+    if (s != PATCH_OK)
+        return s;
+    const size_t range = (size_t)(fact->end - fact->begin), n_noisy = S * range;
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    Trace t = {m, o, fact, pool_take(&pool, n_noisy * m->file.C, sizeof(float)), 0};
+    double *values = pool_take(&pool, n_cells * S, sizeof *values); /* [T, L, S] */
+    double *unpatched = pool_take(&pool, S + 1, sizeof *unpatched); /* of the bases */
+    const Family f = {.x = &x, .n = 1, .per_example = n_cells * S, .metric = o->metric, .ctx = &t,
+                      .bases = S + 1, .base_edits = n_noisy, .fill_bases = trace_bases,
+                      .item_runs = 1, .item_edits = range + 1 + m->file.L, .fill_item = trace_item,
+                      .unpatched = 1};
 
-            for (k = 0; k < S; k++)
+    if (!t.noisy || !values || !unpatched)
+        s = no_memory(e, "trace", pool.refused);
+    else if (!noisy_embeddings(&t, t.noisy))
+        s = unreadable(m, e);
+    for (; t.kind <= PATCH_TRACE_ATTN; t.kind++) {
+        if (s == PATCH_OK && (o->kinds >> t.kind & 1))
+            s = run_family(m, &f, 0, n_cells * S, values, unpatched, NULL, NULL, stats, e);
+        for (size_t i = 0; s == PATCH_OK && (o->kinds >> t.kind & 1) && i < n_cells; i++) {
+            double sum = 0;
+            for (size_t k = 0; k < S; k++)
                 sum += values[i * S + k];
-            cells[(size_t)t.kind * T * L + i] = sum / (double)S;
+            cells[(size_t)t.kind * n_cells + i] = sum / (double)S;
         }
     }
-    *high = unpatched[0];
-    for (k = 1, *low = 0; k <= S; k++)
+    *high = s == PATCH_OK ? unpatched[0] : 0;
+    *low = 0;
+    for (size_t k = 1; s == PATCH_OK && k <= S; k++)
         *low += unpatched[k] / (double)S;
     return pool_end(&pool, s);
 }
 
-/* ---- 11.3 Ablation ---- */
-
+/* ---- 11.3 Ablation ------------------------------------------------------------------------------
+   An item is a set of cells, all replaced in one run, or (keep) what is left when everything but
+   the set is. Averages of what a component says over many prompts are the gentlest replacement:
+   they take away what it says about this one (Wang et al. 2022, arXiv:2211.00593). */
 typedef struct Ablation {
     const Model *m;
     const patch_ablation *o;
@@ -4251,26 +4177,16 @@ typedef struct Ablation {
     const size_t *sets; /* [n_sets + 1] where each item's cells begin */
     float *values;      /* [groups, L, T, width] zeros, means or noise */
     patch_hook hook;    /* of all cells */
-    size_t T, width;
+    size_t T, width;    /* tokens of each prompt; floats of a row at the hook point */
 } Ablation;
 
-/* Bases: an example's clean run and its partner's. */
-static void ablate_bases(const Family *f, size_t example, int base, patch_run *runs,
-                         patch_edit *edits) {
-    const Ablation *a = f->ctx;
-
-    (void)base, (void)edits;
-    if (a->o->by == PATCH_BY_RESAMPLE)
-        runs[1].tokens = f->x[a->o->partner[example]].clean;
-}
-
-/* Is this one of an example's positions? */
+/* Is this one of an example's positions? All are where none are given. */
 static int is_named(const patch_ablation *o, size_t example, int pos) {
-    const int *named = o->positions + example * (size_t)o->n_positions;
-    for (int i = 0; i < o->n_positions; i++)
-        if (named[i] == pos)
-            return 1;
-    return 0;
+    const size_t n = (size_t)o->n_positions;
+    size_t i = 0;
+    while (i < n && o->positions[example * n + i] != pos)
+        i++;
+    return n == 0 || i < n;
 }
 
 /* Does a set hold this head; with head -1, any head of the layer? */
@@ -4281,155 +4197,116 @@ static int is_kept(const Ablation *a, size_t set, int layer, int head) {
     return 0;
 }
 
-/* Ablate one slice: a head (-1: all) at a position (-1: all). The slice's values stand where the
-   hook point's own would. */
-static void ablate_slice(const Ablation *a, size_t example, int layer, int pos, int head,
-                         int partner, patch_run *run, patch_edit *edits) {
+/* Ablate one slice: a head (-1: the whole vector) at a position (-1: all). */
+static void ablate_slice(const Ablation *a, size_t example, int partner, int layer, int pos,
+                         int head, patch_run *run, patch_edit *edits) {
     static const patch_op ops[] = {PATCH_SET, PATCH_SET, PATCH_COPY, PATCH_ADD}; /* as patch_by */
     const size_t group = a->o->groups ? (size_t)a->o->groups[example] : 0;
     const size_t part = hook_facts[a->hook].shape == 'R' ? a->m->file.C : a->m->file.D;
     const size_t row = (group * a->m->file.L + (size_t)layer) * a->T + (pos < 0 ? 0 : (size_t)pos);
-
-    edits[run->n_edits++] = (patch_edit){
-        .hook = a->hook, .op = ops[a->o->by], .layer = layer, .pos = pos, .head = head, .src = -1,
-        .source = partner, .stride = a->width,
-        .values = a->values + row * a->width + (head < 0 ? 0 : (size_t)head * part)};
+    patch_edit *edit = &edits[run->n_edits++];
+    *edit = copy_from(partner, a->hook, layer, pos, head);
+    edit->op = ops[a->o->by];
+    edit->values = a->values + row * a->width + (head < 0 ? 0 : (size_t)head * part);
+    edit->stride = a->width; /* pos -1: each position has values of its own */
 }
 
-/* An item is a set of cells, and so one run. A layer of which nothing is kept is ablated as a whole:
-   its attention then need not be computed. */
+/* A row of which no head is kept is ablated whole: attention then is not computed for it. */
 static void ablate_item(const Family *f, size_t example, size_t item, int base, int at,
                         patch_run *run, patch_edit *edits) {
     const Ablation *a = f->ctx;
-    const patch_ablation *o = a->o;
-    const int T = (int)a->T, H = o->keep ? a->m->dims.n_heads : 0;
-
+    const int one_by_one = a->o->n_positions > 0; /* else one edit serves all positions */
+    const int T = (int)a->T, H = a->m->dims.n_heads;
     (void)at;
     run->edits = edits;
     run->n_edits = 0;
-    for (size_t i = a->sets[item]; i < a->sets[item + 1] && !o->keep; i++) {
+    for (size_t i = a->sets[item]; i < a->sets[item + 1] && !a->o->keep; i++) {
         const patch_cell *c = &a->cells[i];
-        if (o->n_positions == 0)
-            ablate_slice(a, example, c->layer, c->pos, c->head, base + 1, run, edits);
-        for (int pos = 0; pos < T && o->n_positions > 0; pos++)
-            if (is_named(o, example, pos))
-                ablate_slice(a, example, c->layer, pos, c->head, base + 1, run, edits);
+        for (int pos = one_by_one ? 0 : c->pos; pos < (one_by_one ? T : c->pos + 1); pos++)
+            if (is_named(a->o, example, pos))
+                ablate_slice(a, example, base + 1, c->layer, pos, c->head, run, edits);
     }
-    for (int l = 0; l < a->m->dims.n_layers && o->keep; l++) {
-        const int any = is_kept(a, item, l, -1);
-        if (!any)
-            ablate_slice(a, example, l, -1, -1, base + 1, run, edits);
-        for (int h = 0; h < H && any; h++)
-            if (!is_kept(a, item, l, h))
-                ablate_slice(a, example, l, -1, h, base + 1, run, edits);
-            else
-                for (int pos = 0; pos < T && o->n_positions > 0; pos++)
-                    if (!is_named(o, example, pos))
-                        ablate_slice(a, example, l, pos, h, base + 1, run, edits);
-    }
+    for (int l = 0; l < a->m->dims.n_layers && a->o->keep; l++)
+        for (int pos = one_by_one ? 0 : -1; pos < (one_by_one ? T : 0); pos++) {
+            const int some = is_named(a->o, example, pos) && is_kept(a, item, l, -1); /* is kept */
+            for (int h = some ? 0 : -1; h < (some ? H : 0); h++) /* -1: all heads at once */
+                if (!some || !is_kept(a, item, l, h))
+                    ablate_slice(a, example, base + 1, l, pos, h, run, edits);
+        }
 }
 
-/* Means and standard deviations of a hook point over the clean runs: mean [groups, L, T, width] by
-   position and group, deviation [L] over everything. */
-static patch_status activation_means(const Model *m, const patch_example *x, size_t n,
-                                     const patch_ablation *o, Ablation *a, double *deviation,
-                                     patch_error *e) {
-    const size_t L = m->file.L, size = a->T * a->width, groups = (size_t)o->n_groups;
-    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    double *sum = pool_take(&pool, groups * L * size, sizeof *sum);
-    double *moments = pool_take(&pool, 2 * L, sizeof *moments),
-           *count = pool_take(&pool, groups, sizeof *count);
-    float *rows = pool_take(&pool, L * size, sizeof *rows);
+/* What the ablated slices are set to, or the noise that is added to them: means are by position and
+   group; noise has the layer's standard deviation over all positions of all examples. */
+static patch_status ablation_values(const Ablation *a, const patch_example *x, size_t n,
+                                    patch_error *e) {
+    const patch_ablation *o = a->o;
+    const size_t L = a->m->file.L, size = a->T * a->width, all = (size_t)o->n_groups * L * size;
+    const double N = (double)n * (double)size; /* numbers of a layer */
+    Pool pool = pool_begin(&a->m->allocator, SIZE_MAX / 2);
+    double *sum = pool_take(&pool, all, sizeof *sum);           /* [groups, L, T, width] */
+    double *count = pool_take(&pool, (size_t)o->n_groups, sizeof *count); /* examples of each */
+    double *moments = pool_take(&pool, 2 * L, sizeof *moments); /* [L, 2] sums of x and x^2 */
+    float *rows = pool_take(&pool, L * size, sizeof *rows);     /* [L, T, width] */
     patch_read *reads = pool_take(&pool, L, sizeof *reads);
     patch_status s =
-        sum && moments && count && rows && reads ? PATCH_OK : no_memory(e, "ablate", pool.refused);
-    size_t b, l, i;
+        sum && count && moments && rows && reads ? PATCH_OK : no_memory(e, "ablate", pool.refused);
 
-    for (b = 0; s == PATCH_OK && b < n; b++) {
+    for (size_t b = 0; s == PATCH_OK && b < n; b++) {
         const size_t group = o->groups ? (size_t)o->groups[b] : 0;
-        patch_run run = {NULL, 0, NULL, 0};
-
-        run.tokens = x[b].clean;
-        run.n_tokens = x[b].n_tokens;
-        for (l = 0; l < L; l++) {
-            reads[l].hook = a->hook;
-            reads[l].layer = (int)l;
-            reads[l].pos = -1;
-            reads[l].out = rows + l * size;
-        }
-        s = patch_execute(m, &run, 1, reads, L, NULL, e);
-        for (i = 0; s == PATCH_OK && i < L * size; i++) {
+        const patch_run run = {x[b].clean, x[b].n_tokens, NULL, 0};
+        for (size_t l = 0; l < L; l++)
+            reads[l] = (patch_read){a->hook, (int)l, 0, -1, rows + l * size, 0};
+        s = patch_execute(a->m, &run, 1, reads, L, NULL, e);
+        for (size_t i = 0; s == PATCH_OK && i < L * size; i++) {
             sum[group * L * size + i] += (double)rows[i];
             moments[2 * (i / size)] += (double)rows[i];
             moments[2 * (i / size) + 1] += (double)rows[i] * (double)rows[i];
         }
         count[group]++;
     }
-    for (i = 0; s == PATCH_OK && i < groups * L * size; i++)
-        a->values[i] = (float)(sum[i] / count[i / (L * size)]);
-    for (l = 0; s == PATCH_OK && l < L; l++) {
-        const double N = (double)n * (double)size, mean = moments[2 * l] / N;
-
-        deviation[l] = sqrt(moments[2 * l + 1] / N - mean * mean);
+    Random r;
+    random_seed(&r, o->seed);
+    for (size_t i = 0; s == PATCH_OK && i < all; i++) {
+        const double *moment = moments + 2 * (i / size % L), mean = moment[0] / N;
+        const double deviation = sqrt(moment[1] / N - mean * mean);
+        a->values[i] = (float)(o->by == PATCH_BY_MEAN ? sum[i] / count[i / (L * size)]
+                                                      : o->noise * deviation * random_gauss(&r));
     }
     return pool_end(&pool, s);
-}
-
-/* What the ablated slices are set to. */
-static patch_status ablation_values(const Model *m, const patch_example *x, size_t n, Ablation *a,
-                                    Pool *pool, patch_error *e) {
-    const size_t L = m->file.L, size = a->T * a->width;
-    double *deviation = pool_take(pool, L, sizeof *deviation);
-    Random *r = pool_take(pool, 1, sizeof *r);
-    patch_status s = PATCH_OK;
-    size_t i;
-
-    a->values = pool_take(pool, (size_t)a->o->n_groups * L * size, sizeof *a->values);
-    if (!deviation || !r || !a->values)
-        return no_memory(e, "ablate", pool->refused);
-    if (a->o->by == PATCH_BY_MEAN || a->o->by == PATCH_BY_NOISE)
-        s = activation_means(m, x, n, a->o, a, deviation, e);
-    random_seed(r, a->o->seed);
-    for (i = 0;
-         s == PATCH_OK && a->o->by == PATCH_BY_NOISE && i < (size_t)a->o->n_groups * L * size; i++)
-        a->values[i] = (float)(a->o->noise * deviation[i / size % L] * random_gauss(r));
-    return s;
 }
 
 static patch_status check_ablation(const Model *m, const patch_example *x, size_t n,
                                    const patch_cell *cells, size_t n_cells,
                                    const patch_ablation *o, patch_error *e) {
-    const patch_status s = check_examples(m, x, n, o->metric, 0, e);
-    size_t run = 0, i;
+    patch_status s = check_examples(m, x, n, o->metric, 0, e);
+    size_t run = 0;
 
-    if (s != PATCH_OK)
-        return s;
-    for (i = 0; i < n_cells; i++)
+    for (size_t i = 0; i < n_cells && s == PATCH_OK; i++)
         if ((size_t)cells[i].hook >= PATCH_N_HOOKS || cells[i].hook != cells[0].hook ||
             hook_facts[cells[i].hook].shape == 'P' || hook_where((int)cells[i].hook) != EACH)
-            return fail(e, PATCH_E_USAGE, "site", "cells of one hook point inside the blocks are "
-                        "wanted, and no pattern; choose another site");
-    for (i = 0; i < n_cells && o->keep; i++)
-        if (cells[i].hook != PATCH_Z || cells[i].head < 0)
-            return fail(e, PATCH_E_INPUT, "keep", "what is kept is z of single heads; name layer "
-                        "and head of each");
-    WITHIN("number of positions", o->n_positions, 0, o->positions ? INT_MAX / 4 : 0);
+            s = fail(e, PATCH_E_USAGE, "site", "cells of one hook point inside the blocks are "
+                     "wanted, and no pattern; choose another site");
+        else if (o->keep && (cells[i].hook != PATCH_Z || cells[i].head < 0))
+            s = fail(e, PATCH_E_INPUT, "keep", "only z of single heads can be kept; name each "
+                     "head's layer and number");
+        else if (n > 0)
+            s = check_slice(m, i, (int)cells[i].hook, cells[i].layer, cells[i].pos, cells[i].head,
+                            cells[i].src, x[0].n_tokens, e);
+    if (s != PATCH_OK)
+        return s;
     WITHIN("number of groups", o->n_groups, 1, INT_MAX / 4);
+    WITHIN("number of positions", o->n_positions, 0, o->positions ? INT_MAX / 4 : 0);
     for (run = 0; run < n; run++) {
         WITHIN("number of tokens", x[run].n_tokens, 1, m->dims.n_ctx);
         WITHIN("number of tokens", x[run].n_tokens, x[0].n_tokens, x[0].n_tokens);
         if (o->by == PATCH_BY_RESAMPLE)
-            WITHIN("partner", o->partner[run], 0, n - 1);
+            WITHIN("partner", o->partner ? o->partner[run] : -1, 0, n - 1);
         if (o->groups != NULL)
             WITHIN("group", o->groups[run], 0, o->n_groups - 1);
-        for (i = 0; i < (size_t)o->n_positions; i++)
+        for (size_t i = 0; i < (size_t)o->n_positions; i++)
             WITHIN("position", o->positions[run * (size_t)o->n_positions + i], -1,
                    x[0].n_tokens - 1);
     }
-    for (i = run = 0; n > 0 && i < n_cells; i++)
-        if (check_slice(m, i, (int)cells[i].hook, cells[i].layer, cells[i].pos, cells[i].head,
-                        cells[i].src, x[0].n_tokens, e) != PATCH_OK)
-            return PATCH_E_INPUT;
     return PATCH_OK;
 }
 
@@ -4437,214 +4314,172 @@ patch_status patch_ablate(const patch_model *m, const patch_example *x, size_t n
                           const patch_cell *cells, const size_t *sets, size_t n_sets,
                           const patch_ablation *o, double *values, double *unpatched,
                           patch_stats *stats, patch_error *e) {
-    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    double *both = NULL;
-    Ablation a;
-    Family f = {0};
+    const size_t L = m->file.L;
+    size_t most = 0; /* cells of the largest set */
     patch_status s = check_ablation(m, x, n, cells, sets[n_sets], o, e);
-    size_t i;
 
     if (s != PATCH_OK || n == 0 || n_sets == 0)
         return s;
-    both = pool_take(&pool, 2 * n, sizeof *both);
-    memset(&a, 0, sizeof a);
-    a.m = m;
-    a.o = o;
-    a.cells = cells;
-    a.sets = sets;
-    a.T = (size_t)x[0].n_tokens;
-    a.hook = sets[n_sets] ? cells->hook : PATCH_Z;
+    for (size_t i = 0; i < n_sets; i++)
+        most = sets[i + 1] - sets[i] > most ? sets[i + 1] - sets[i] : most;
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    double *both = pool_take(&pool, 2 * n, sizeof *both);      /* [n,2] of all bases */
+    patch_example *pairs = pool_take(&pool, n, sizeof *pairs); /* each with its partner's prompt */
+    Ablation a = {.m = m, .o = o, .cells = cells, .sets = sets, .T = (size_t)x[0].n_tokens,
+                  .hook = sets[n_sets] ? cells->hook : PATCH_Z}; /* no cells: keep nothing */
+    const Family f = {.x = pairs, .n = n, .per_example = n_sets, .metric = o->metric,
+                      .bases = 2, .fill_bases = fill_both, .item_runs = 1, .ctx = &a,
+                      .item_edits = (o->keep ? L * m->file.H : most) * (o->n_positions ? a.T : 1),
+                      .fill_item = ablate_item};
     a.width = hook_width(m, (int)a.hook, 0);
-    for (i = 0; i < n_sets; i++)
-        f.item_edits = sets[i + 1] - sets[i] > f.item_edits ? sets[i + 1] - sets[i] : f.item_edits;
-    f.item_edits *= o->n_positions ? a.T : 1;
-    f.item_edits += o->keep ? m->file.L * m->file.H : 0;
-    f.x = x;
-    f.n = n;
-    f.per_example = n_sets;
-    f.bases = 2;
-    f.item_runs = 1;
-    f.metric = o->metric;
-    f.fill_bases = ablate_bases;
-    f.fill_item = ablate_item;
-    f.ctx = &a;
-    if (both == NULL)
+    a.values = pool_take(&pool, (size_t)o->n_groups * L * a.T * a.width, sizeof *a.values);
+    for (size_t i = 0; pairs != NULL && i < n; i++) {
+        pairs[i] = x[i];
+        pairs[i].corrupted = o->by == PATCH_BY_RESAMPLE ? x[o->partner[i]].clean : NULL;
+    }
+    if (!both || !pairs || !a.values)
         s = no_memory(e, "ablate", pool.refused);
-    else if ((s = ablation_values(m, x, n, &a, &pool, e)) == PATCH_OK)
+    else if (o->by == PATCH_BY_MEAN || o->by == PATCH_BY_NOISE)
+        s = ablation_values(&a, x, n, e);
+    if (s == PATCH_OK)
         s = run_family(m, &f, 0, n * n_sets, values, both, NULL, NULL, stats, e);
-    for (i = 0; s == PATCH_OK && unpatched != NULL && i < n; i++)
+    for (size_t i = 0; s == PATCH_OK && unpatched != NULL && i < n; i++)
         unpatched[i] = both[2 * i];
     return pool_end(&pool, s);
 }
 
-/* ---- 11.4 Path patching: ARENA's three steps, Goldowsky-Dill et al. 2023, arXiv:2304.05969 ---- */
-
+/* ---- 11.4 Path patching: ARENA's three steps, Goldowsky-Dill et al. 2023, arXiv:2304.05969 ------
+   An item is a sender, a head. Run 0: every head's z is held at the original's, the sender's taken
+   from the other run, so that the difference travels along MLPs and the residual stream alone. To
+   the final residual stream that is all; to heads, run 1 is the original with the receivers' q, k
+   or v taken from run 0. With z held the prefixes leave the rows' making: only MLPs recompute. */
 typedef struct Paths {
     const Model *m;
     const patch_path_options *o;
 } Paths;
 
-/* An item is a sender (layer, head). Run 0: every head's z held at the original's, the sender's
-   taken from the other run. To the final residual stream that is all; to heads, run 1 is the
-   original with the receivers' q, k or v taken from run 0. */
 static void path_item(const Family *f, size_t example, size_t item, int base, int at,
                       patch_run *runs, patch_edit *edits) {
     const Paths *p = f->ctx;
-    const int L = p->m->dims.n_layers, H = p->m->dims.n_heads;
+    const int L = p->m->dims.n_layers, H = p->m->dims.n_heads, n_receivers = (int)p->o->n_receivers;
     const int original = base + f->unpatched, other = base + 1 - f->unpatched;
-    int l, n = 0;
-    size_t i;
-
+    int n = 0;
     (void)example;
-    for (l = 0; l < L; l++) {
-        copy_whole(&edits[n++], PATCH_Z, l, -1, original);
-        if (l == (int)item / H) {
-            copy_whole(&edits[n], PATCH_Z, l, -1, other);
-            edits[n++].head = (int)item % H;
-        }
+    for (int l = 0; l < L; l++) {
+        edits[n++] = copy_from(original, PATCH_Z, l, -1, -1); /* step 2: held */
+        if (l == (int)item / H)
+            edits[n++] = copy_from(other, PATCH_Z, l, -1, (int)item % H);
         if (p->o->freeze_mlps)
-            copy_whole(&edits[n++], PATCH_MLP_OUT, l, -1, original);
+            edits[n++] = copy_from(original, PATCH_MLP_OUT, l, -1, -1);
     }
     runs[0].edits = edits;
     runs[0].n_edits = n;
-    if (p->o->n_receivers == 0)
+    if (n_receivers == 0)
         return;
-    runs[1].edits = edits + n;
-    runs[1].n_edits = (int)p->o->n_receivers;
-    for (i = 0; i < p->o->n_receivers; i++) {
-        const patch_cell *c = &p->o->receivers[i];
-
-        copy_whole(&edits[n], c->hook, c->layer, -1, at);
-        edits[n++].head = c->head;
-    }
+    runs[1].edits = edits + n; /* step 3 */
+    runs[1].n_edits = n_receivers;
+    for (const patch_cell *c = p->o->receivers; c < p->o->receivers + n_receivers; c++)
+        edits[n++] = copy_from(at, c->hook, c->layer, -1, c->head);
 }
 
 patch_status patch_paths(const patch_model *m, const patch_example *x, size_t n,
                          const patch_path_options *o, double *values, double *unpatched,
                          patch_stats *stats, patch_error *e) {
     const size_t L = m->file.L, senders = L * m->file.H;
-    Family f = {0};
-    Paths p;
-    size_t i, run = 0;
-    patch_status s = check_examples(m, x, n, o->metric, 1, e);
-
-    for (i = 0; s == PATCH_OK && i < o->n_receivers; i++) {
+    const Paths p = {m, o};
+    const Family f = {.x = x, .n = n, .per_example = senders, .metric = o->metric,
+                      .bases = 2, .fill_bases = fill_both, .fill_item = path_item,
+                      .item_runs = o->n_receivers ? 2 : 1,
+                      .item_edits = 2 * L + 1 + o->n_receivers,
+                      .unpatched = o->noising ? 0 : 1, .ctx = &p};
+    const size_t run = 0;
+    const patch_status s = check_examples(m, x, n, o->metric, 1, e);
+    for (size_t i = 0; s == PATCH_OK && i < o->n_receivers; i++) {
         WITHIN("receiver's hook point", o->receivers[i].hook, PATCH_Q, PATCH_V);
         WITHIN("receiver's layer", o->receivers[i].layer, 0, m->dims.n_layers - 1);
         WITHIN("receiver's head", o->receivers[i].head, 0, m->dims.n_heads - 1);
     }
-    if (s != PATCH_OK || n == 0)
-        return s;
-    p.m = m;
-    p.o = o;
-    f.x = x;
-    f.n = n;
-    f.per_example = senders;
-    f.bases = 2;
-    f.item_runs = o->n_receivers ? 2 : 1;
-    f.item_edits = 2 * L + 1 + o->n_receivers;
-    f.unpatched = o->noising ? 0 : 1;
-    f.metric = o->metric;
-    f.fill_bases = fill_both;
-    f.fill_item = path_item;
-    f.ctx = &p;
-    return run_family(m, &f, 0, n * senders, values, unpatched, NULL, NULL, stats, e);
+    return s != PATCH_OK || n == 0
+               ? s : run_family(m, &f, 0, n * senders, values, unpatched, NULL, NULL, stats, e);
 }
 
-/* ---- 11.5 Direct logit attribution and the logit lens (nostalgebraist 2020) ---- */
-
-/* (row - mean) / scale . direction: what a part of the residual stream adds to the logit
-   difference. */
+/* ---- 11.5 Direct logit attribution and the logit lens (nostalgebraist 2020) ---------------------
+   The final residual stream is a sum of what the layers, or the heads, wrote; once its scale is
+   given, LayerNorm is linear, and so each part has its share in the logit difference:
+      LD = sum over parts of (part - its mean) / scale . direction + bias
+   The lens puts the stream after each half layer through LayerNorm as if it were the final one. */
 static double attribution(const float *row, size_t C, double scale, const double *direction) {
     double mean = 0, sum = 0;
-    size_t k;
-
-    for (k = 0; k < C; k++)
+    for (size_t k = 0; k < C; k++)
         mean += (double)row[k];
     mean /= (double)C;
-    for (k = 0; k < C; k++)
+    for (size_t k = 0; k < C; k++)
         sum += ((double)row[k] - mean) * direction[k];
     return sum / scale;
 }
 
-/* The logit difference's direction in the residual stream behind LayerNorm's scaling, and its bias.
-   */
+/* direction [C] = W_U[answer] - W_U[wrong], by LayerNorm's weight where that is not folded, and the
+   bias, which LayerNorm's then belongs to. other: scratch [C]. 0: a weight is unreadable. */
 static int lens_direction(const Work *w, const patch_example *x, double *direction, double *other,
                           double *bias) {
     const ModelFile *f = &w->m->file;
-    float *ln = w->scale;
-    double minus;
-    size_t k;
-
+    float *ln = w->scale; /* [2,C] weight, bias */
+    double minus;         /* the wrong answer's bias */
     if (!unembed_column(w, x->answer, direction, bias) ||
         !unembed_column(w, x->wrong, other, &minus))
         return 0;
     *bias -= minus;
-    for (k = 0; k < f->C; k++)
+    for (size_t k = 0; k < f->C; k++)
         direction[k] -= other[k];
     if (w->m->steps & DID_FOLD_LN)
         return 1;
     if (!weights_row(f, tail_tensor(f, 0), 0, ln, w->pool->a) ||
         !weights_row(f, tail_tensor(f, 1), 0, ln + f->C, w->pool->a))
         return 0;
-    for (k = 0; k < f->C; k++) {
+    for (size_t k = 0; k < f->C; k++) {
         *bias += (double)ln[f->C + k] * direction[k];
         direction[k] *= (double)ln[k];
     }
     return 1;
 }
 
-/* The reads of one example: embed, pos_embed, then a layer at a time resid_pre, attn_out,
-   resid_mid, mlp_out and result [H,C], the last resid_post, and LayerNorm's scale. */
+/* The reads of one example's last position, 5 L + 4 of them: embed, pos_embed, then of each layer
+   five, the last resid_post, and the final LayerNorm's scale. rows: where they stand, in turn. */
 static size_t lens_reads(const Model *m, int pos, float *rows, patch_read *reads) {
     static const patch_hook each[] = {PATCH_RESID_PRE, PATCH_ATTN_OUT, PATCH_RESID_MID,
                                       PATCH_MLP_OUT, PATCH_RESULT};
-    const int L = m->dims.n_layers;
-    size_t n = 0;
-    int i;
-
-    for (i = 0; i < 5 * L + 4; i++) {
-        patch_read *r = &reads[n++];
-
-        memset(r, 0, sizeof *r);
-        r->hook = i < 2 ? (i ? PATCH_POS_EMBED : PATCH_EMBED)
-                  : i < 5 * L + 2 ? each[(i - 2) % 5]
-                  : i == 5 * L + 2 ? PATCH_RESID_POST : PATCH_LN_FINAL_SCALE;
-        r->layer = i < 2 ? 0 : i < 5 * L + 2 ? (i - 2) / 5 : L - 1;
-        r->pos = pos;
-        r->out = rows;
-        rows += hook_width(m, (int)r->hook, 0);
+    const int n = 5 * m->dims.n_layers + 4;
+    for (int i = 0; i < n; i++) {
+        const patch_hook hook = i < 2        ? (i ? PATCH_POS_EMBED : PATCH_EMBED)
+                                : i < n - 2  ? each[(i - 2) % 5]
+                                : i == n - 2 ? PATCH_RESID_POST : PATCH_LN_FINAL_SCALE;
+        const int layer = i < 2 ? 0 : i < n - 2 ? (i - 2) / 5 : m->dims.n_layers - 1;
+        reads[i] = (patch_read){hook, layer, 0, pos, rows, 0};
+        rows += hook_width(m, (int)hook, 0);
     }
-    return n;
+    return (size_t)n;
 }
 
-/* One example's parts from its reads. */
+/* Example b's parts from its reads. */
 static void lens_parts(const Model *m, const patch_read *reads, const double *direction,
                        double bias, patch_lens *out, size_t b) {
     const size_t C = m->file.C, L = m->file.L, H = m->file.H;
     const double scale = (double)*reads[5 * L + 3].out;
     double *accumulated = out->accumulated + b * (2 * L + 1), *lens = out->lens + b * (2 * L + 1);
     double *layers = out->layers + b * (2 * L + 2), *heads = out->heads + b * (L * H + 1), sum = 0;
-    size_t l, h, i;
-
-    for (i = 0; i <= 2 * L; i++) {
-        const float *row =
-            i == 2 * L ? reads[5 * L + 2].out : reads[2 + i / 2 * 5 + (i % 2 ? 2 : 0)].out;
+    for (size_t i = 0; i <= 2 * L; i++) { /* resid_pre and resid_mid in turn, the last resid_post */
+        const float *row = reads[2 + i / 2 * 5 + i % 2 * 2].out;
         float own;
-
         m->kernels->norm_scale(row, C, m->file.eps, &own);
         accumulated[i] = attribution(row, C, scale, direction);
         lens[i] = attribution(row, C, (double)own, direction) + bias;
     }
-    for (i = 0; i < 2; i++)
-        layers[i] = attribution(reads[i].out, C, scale, direction);
-    for (l = 0; l < L; l++) {
-        layers[2 + 2 * l] = attribution(reads[3 + 5 * l].out, C, scale, direction);
-        layers[3 + 2 * l] = attribution(reads[5 + 5 * l].out, C, scale, direction);
-        for (h = 0; h < H; h++)
-            sum += heads[l * H + h] =
-                attribution(reads[6 + 5 * l].out + h * C, C, scale, direction);
+    for (size_t i = 0; i < 2 * L + 2; i++) { /* the embeddings, then attn_out and mlp_out in turn */
+        const size_t at = i < 2 ? i : 3 + (i - 2) / 2 * 5 + i % 2 * 2;
+        layers[i] = attribution(reads[at].out, C, scale, direction);
     }
+    for (size_t i = 0; i < L * H; i++)
+        sum += heads[i] = attribution(reads[6 + i / H * 5].out + i % H * C, C, scale, direction);
     heads[L * H] = accumulated[2 * L] - sum; /* the remainder: everything that is no head */
     out->bias[b] = bias;
     out->logit_diff[b] = accumulated[2 * L] + bias;
@@ -4652,42 +4487,32 @@ static void lens_parts(const Model *m, const patch_read *reads, const double *di
 
 patch_status patch_logit_lens(const patch_model *m, const patch_example *x, size_t n,
                               patch_lens *out, patch_error *e) {
-    const size_t C = m->file.C, L = m->file.L;
-    const size_t floats = (4 * L + 3) * C + L * m->file.H * C + 1;
+    const size_t C = m->file.C, L = m->file.L, floats = (4 * L + 3 + L * m->file.H) * C + 1;
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    float *rows = pool_take(&pool, floats, sizeof *rows); /* what the reads give, one by one */
+    patch_read *reads = pool_take(&pool, 5 * L + 4, sizeof *reads);
+    double *direction = pool_take(&pool, 2 * C, sizeof *direction), bias;
+    Work w;
     patch_status s = check_examples(m, x, n, PATCH_LOGIT_DIFF, 0, e);
-    size_t b;
-
-    for (b = 0; s == PATCH_OK && b < n; b++) {
-        Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-        float *rows = pool_take(&pool, floats, sizeof *rows);
-        patch_read *reads = pool_take(&pool, 5 * L + 4, sizeof *reads);
-        double *direction = pool_take(&pool, 2 * C, sizeof *direction), bias;
-        patch_run run = {NULL, 0, NULL, 0};
-        Work w;
-
-        run.tokens = x[b].clean;
-        run.n_tokens = x[b].n_tokens;
-        if (!rows || !reads || !direction)
-            s = no_memory(e, "lens", pool.refused);
-        else if ((s = work_begin(&w, m, &pool, NULL, e)) == PATCH_OK &&
-                 !lens_direction(&w, &x[b], direction, direction + C, &bias))
-            s = unreadable(m, e);
-        if (s == PATCH_OK) {
-            const size_t n_reads = lens_reads(m, x[b].n_tokens - 1, rows, reads);
-
-            s = execute(m, &pool, &run, 1, reads, n_reads, 1, NULL, e);
-            if (s == PATCH_OK)
-                lens_parts(m, reads, direction, bias, out, b);
-        }
-        s = pool_end(&pool, s);
+    if (s == PATCH_OK)
+        s = rows && reads && direction ? work_begin(&w, m, &pool, NULL, e)
+                                       : no_memory(e, "lens", pool.refused);
+    for (size_t b = 0; s == PATCH_OK && b < n; b++) {
+        const patch_run run = {x[b].clean, x[b].n_tokens, NULL, 0};
+        const size_t n_reads = lens_reads(m, run.n_tokens - 1, rows, reads);
+        s = lens_direction(&w, &x[b], direction, direction + C, &bias)
+                ? patch_execute(m, &run, 1, reads, n_reads, NULL, e)
+                : unreadable(m, e);
+        if (s == PATCH_OK)
+            lens_parts(m, reads, direction, bias, out, b);
     }
-    return s;
+    return pool_end(&pool, s);
 }
 
-/* ---- 11.6 Kinds of heads: TransformerLens's detect_head ---- */
-
-/* Does destination d attending to source s count for a kind? 0 the previous token, 1 an earlier
-   equal token, 2 the token behind an earlier equal one (induction). */
+/* ---- 11.6 Kinds of heads: TransformerLens's detect_head -----------------------------------------
+   Of all the attention that a head pays on a prompt, how much lies where its kind would put it?
+   Does destination d attending to source s count? 0: s is the previous token; 1: an earlier equal
+   token; 2: the token behind an earlier equal one (induction), which may be d itself. */
 static int head_kind_detects(const int *tokens, size_t d, size_t s, int kind) {
     return kind == 0 ? d == s + 1
            : kind == 1 ? s < d && tokens[s] == tokens[d]
@@ -4698,56 +4523,45 @@ patch_status patch_head_kinds(const patch_model *m, const int *tokens, int n_tok
                               patch_error *e) {
     const size_t T = (size_t)n_tokens, L = m->file.L, H = m->file.H;
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    float *patterns = pool_take(&pool, L * H * T * T, sizeof *patterns);
+    float *patterns = pool_take(&pool, L * H * T * T, sizeof *patterns); /* [L,H,T,T] */
     patch_read *reads = pool_take(&pool, L, sizeof *reads);
-    patch_run run = {NULL, 0, NULL, 0};
-    patch_status s;
-    size_t l, i, d;
-    int kind;
+    const patch_run run = {tokens, n_tokens, NULL, 0};
 
     if (!patterns || !reads)
         return pool_end(&pool, no_memory(e, "heads", pool.refused));
-    run.tokens = tokens;
-    run.n_tokens = n_tokens;
-    for (l = 0; l < L; l++) {
-        reads[l].hook = PATCH_PATTERN;
-        reads[l].layer = (int)l;
-        reads[l].pos = -1;
-        reads[l].out = patterns + l * H * T * T;
-    }
-    s = execute(m, &pool, &run, 1, reads, L, 1, NULL, e);
-    for (i = 0; s == PATCH_OK && i < L * H; i++)
-        for (kind = 0; kind < 3; kind++) {
-            const float *p = patterns + i * T * T;
-            double hit = 0, all = 0;
-
-            for (d = 0; d < T * T; d++) {
-                all += (double)p[d];
-                if (d % T <= d / T && head_kind_detects(tokens, d / T, d % T, kind))
-                    hit += (double)p[d];
+    for (size_t l = 0; l < L; l++)
+        reads[l] = (patch_read){PATCH_PATTERN, (int)l, 0, -1, patterns + l * H * T * T, 0};
+    const patch_status s = execute(m, &pool, &run, 1, reads, L, 1, NULL, e);
+    for (size_t i = 0; s == PATCH_OK && i < 3 * L * H; i++) { /* [3,L,H] */
+        const float *p = patterns + i % (L * H) * T * T;
+        double hit = 0, all = 0;
+        for (size_t d = 0; d < T; d++)
+            for (size_t k = 0; k < T; k++, p++) { /* from d to k, row by row */
+                all += (double)*p;
+                if (k <= d && head_kind_detects(tokens, d, k, (int)(i / (L * H))))
+                    hit += (double)*p;
             }
-            scores[(size_t)kind * L * H + i] = hit / all;
-        }
+        scores[i] = hit / all;
+    }
     return pool_end(&pool, s);
 }
 
-/* Copying scores: does a head, attending to a name, write that name?  x [n,C]: each name's token as
-   MLP 0 extends it, without position and attention: W_E[name] + MLP0(LN2(W_E[name])). The engine
-   computes it, position embedding and attention being set to zero. */
+/* Copying: does a head that attends to a name write that name?  x [n,C]: each name's token as MLP 0
+   extends it, W_E[name] + MLP0(LN2(W_E[name])): what the engine makes of it where the position's
+   embedding and attention are set to zero. */
 static patch_status extended_embeddings(const Model *m, Pool *pool, const int *names, size_t n,
                                         float *x, patch_error *e) {
-    float *zeros = pool_take(pool, m->file.C, sizeof *zeros);
+    const float *zeros = pool_take(pool, m->file.C, sizeof *zeros);
     patch_run *runs = pool_take(pool, n, sizeof *runs);
     patch_read *reads = pool_take(pool, n, sizeof *reads);
     const patch_edit edits[] = {
         {.hook = PATCH_POS_EMBED, .op = PATCH_SET, .head = -1, .src = -1, .values = zeros},
         {.hook = PATCH_ATTN_OUT, .op = PATCH_SET, .head = -1, .src = -1, .values = zeros}};
-
     if (!zeros || !runs || !reads)
         return no_memory(e, "copying", pool->refused);
     for (size_t i = 0; i < n; i++) {
         runs[i] = (patch_run){&names[i], 1, edits, 2};
-        reads[i] = (patch_read){.hook = PATCH_RESID_POST, .run = (int)i, .out = x + i * m->file.C};
+        reads[i] = (patch_read){PATCH_RESID_POST, 0, (int)i, 0, x + i * m->file.C, 0};
     }
     return execute(m, pool, runs, n, reads, n, 1, NULL, e);
 }
@@ -4760,20 +4574,19 @@ static patch_status copying_rows(const Work *w, size_t layer, const float *x, si
     const size_t C = m->file.C, D = m->file.D, H = m->file.H;
     Linear l = layer_linear(m, layer, LINEAR_V);
     Rows r = {.n = n, .x = x, .ldx = C, .y = v, .ldy = C};
-    patch_status s;
 
-    l.drop_bias = 1;
-    s = linear(w, &l, &r, NULL, e);
+    l.drop_bias = 1; /* neither b_V nor, below, b_O */
+    patch_status s = linear(w, &l, &r, NULL, e);
     for (size_t h = 0; h < H && s == PATCH_OK; h++) {
         l = layer_linear(m, layer, LINEAR_O);
         l.k = D;
-        l.first_row = h * D;
+        l.first_row = h * D; /* the head's [D,C] of W_O */
         l.drop_bias = 1;
         r.x = v + h * D;
         r.y = out + h * n * C;
         s = linear(w, &l, &r, NULL, e);
     }
-    for (float *row = out; row < out + H * n * C && s == PATCH_OK; row += C) {
+    for (float *row = out; s == PATCH_OK && row < out + H * n * C; row += C) {
         float scale;
         m->kernels->norm_scale(row, C, m->file.eps, &scale);
         m->kernels->normalize(row, C, scale, ln, ln ? ln + C : NULL, row);
@@ -4781,76 +4594,72 @@ static patch_status copying_rows(const Work *w, size_t layer, const float *x, si
     return s;
 }
 
-/* Add 1/n to a head's score for each of `some` rows, number `first` and on of [H,n], whose own name
-   has fewer than 5 tokens above it. -W_OV turns LN's x w + b into -x w + b: its logits are those
-   mirrored at `middle`, the logits of b alone. */
-static void count_copies(const Work *w, const int *names, size_t n, size_t first, size_t some,
-                         const float *logits, const float *middle, double *positive,
-                         double *negative, int *above) {
-    const size_t V = w->m->file.V;
-
-    PARALLEL(team(w->m, (double)some * (double)V), schedule(static))
-    for (long i = 0; i < (long)some; i++) {
-        const float *row = logits + (size_t)i * V;
-        const int own = names[(first + (size_t)i) % n];
-        const double mirrored = 2 * (double)middle[own] - (double)row[own];
-        int higher = 0, lower = 0;
-
-        for (size_t v = 0; v < V; v++) { /* a NaN is never below */
-            higher += !(row[v] <= row[own]);
-            lower += !(2 * (double)middle[v] - (double)row[v] <= mirrored);
-        }
-        above[2 * i] = higher;
-        above[2 * i + 1] = lower;
-    }
-    for (size_t i = 0; i < some; i++) {
-        positive[(first + i) / n] += above[2 * i] < 5 ? 1 / (double)n : 0;
-        negative[(first + i) / n] += above[2 * i + 1] < 5 ? 1 / (double)n : 0;
-    }
+/* Has the name fewer than 5 tokens above it in a row of logits [V]? With sign -1, in the row of
+   -W_V W_O, which is this one mirrored at `middle`, the logits of LayerNorm's bias alone: LN turns
+   -x into what it makes of x with the other sign, but for its bias. A NaN is above everything. */
+static int is_written(const float *logits, const float *middle, size_t V, int name, double sign) {
+    const double own = sign * (double)logits[name] + (1 - sign) * (double)middle[name];
+    int above = 0;
+    for (size_t v = 0; v < V; v++)
+        above += !(sign * (double)logits[v] + (1 - sign) * (double)middle[v] <= own);
+    return above < 5;
 }
 
+/* A layer's H n rows go through W_U together, or as many as half the standard memory has room for:
+   each block of them makes the panels of W_U anew. */
 patch_status patch_copying_scores(const patch_model *m, const int *names, size_t n,
                                   double *positive, double *negative, patch_error *e) {
-    const size_t C = m->file.C, H = m->file.H, V = m->file.V, rows = H * n;
-    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
-    float *x, *v, *out, *logits, *middle, *ln;
-    double *mean, bias_mean;
-    int above[2 * LOGIT_ROWS];
+    const size_t C = m->file.C, L = m->file.L, H = m->file.H, V = m->file.V, rows = H * n;
+    const size_t room = memory_limit(m, STANDARD_LIMIT) / 2 / (V * sizeof(float)) + 1;
+    const size_t most = rows < room ? rows : room;
     size_t run = 0;
-    patch_status s;
-    Work w;
 
     WITHIN("number of names", n, 1, 1000000);
     for (run = 0; run < n; run++)
         WITHIN("name", names[run], 0, m->dims.d_vocab - 1);
-    x = pool_take(&pool, n * C, sizeof *x);
-    v = pool_take(&pool, n * C, sizeof *v);
-    out = pool_take(&pool, rows * C, sizeof *out);
-    logits = pool_take(&pool, (rows < LOGIT_ROWS ? rows : LOGIT_ROWS) * V, sizeof *logits);
-    middle = pool_take(&pool, V, sizeof *middle);
-    ln = pool_take(&pool, 2 * C, sizeof *ln);
-    mean = pool_take(&pool, C, sizeof *mean);
-    if (!x || !v || !out || !logits || !middle || !ln || !mean)
+    Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
+    float *x = pool_take(&pool, n * C, sizeof *x), *v = pool_take(&pool, n * C, sizeof *v);
+    float *out = pool_take(&pool, rows * C, sizeof *out);       /* [H,n,C] of one layer */
+    float *logits = pool_take(&pool, most * V, sizeof *logits); /* [most,V] */
+    float *middle = pool_take(&pool, V, sizeof *middle);        /* [V] */
+    float *ln = pool_take(&pool, 2 * C, sizeof *ln);            /* [2,C], zeros where folded */
+    double *mean = pool_take(&pool, C, sizeof *mean), bias_mean; /* what center_unembed takes off */
+    int *hits = pool_take(&pool, 2 * L * rows, sizeof *hits);   /* [L,H,n,2] positive, negative */
+    const int folded = (m->steps & DID_FOLD_LN) != 0;
+    Work w;
+
+    if (!x || !v || !out || !logits || !middle || !ln || !mean || !hits)
         return pool_end(&pool, no_memory(e, "copying", pool.refused));
-    if ((s = work_begin(&w, m, &pool, NULL, e)) != PATCH_OK ||
-        (s = extended_embeddings(m, &pool, names, n, x, e)) != PATCH_OK)
-        return pool_end(&pool, s);
-    if (!vocabulary_mean(&w, mean, &bias_mean) ||
-        (!(m->steps & DID_FOLD_LN) && (!weights_row(&m->file, tail_tensor(&m->file, 0), 0, ln, pool.a) ||
-                                       !weights_row(&m->file, tail_tensor(&m->file, 1), 0, ln + C, pool.a))))
-        return pool_end(&pool, unreadable(m, e));
-    s = all_logits(&w, ln + C, NULL, 1, mean, bias_mean, middle, e); /* of b, or of folded zeros */
-    memset(positive, 0, m->file.L * H * sizeof *positive);
-    memset(negative, 0, m->file.L * H * sizeof *negative);
-    for (size_t l = 0; l < m->file.L && s == PATCH_OK; l++) {
-        s = copying_rows(&w, l, x, n, m->steps & DID_FOLD_LN ? NULL : ln, v, out, e);
+    patch_status s = work_begin(&w, m, &pool, NULL, e);
+    if (s == PATCH_OK)
+        s = extended_embeddings(m, &pool, names, n, x, e);
+    if (s == PATCH_OK &&
+        (!vocabulary_mean(&w, mean, &bias_mean) ||
+         (!folded && (!weights_row(&m->file, tail_tensor(&m->file, 0), 0, ln, pool.a) ||
+                      !weights_row(&m->file, tail_tensor(&m->file, 1), 0, ln + C, pool.a)))))
+        s = unreadable(m, e);
+    if (s == PATCH_OK)
+        s = all_logits(&w, ln + C, NULL, 1, mean, bias_mean, middle, e);
+    for (size_t l = 0; l < L && s == PATCH_OK; l++) {
+        s = copying_rows(&w, l, x, n, folded ? NULL : ln, v, out, e);
         for (size_t at = 0, some; at < rows && s == PATCH_OK; at += some) {
-            some = rows - at < LOGIT_ROWS ? rows - at : LOGIT_ROWS;
+            some = rows - at < most ? rows - at : most;
             s = all_logits(&w, out + at * C, NULL, some, mean, bias_mean, logits, e);
-            if (s == PATCH_OK)
-                count_copies(&w, names, n, at, some, logits, middle, positive + l * H,
-                             negative + l * H, above);
+            PARALLEL(team(m, (double)some * (double)V), schedule(static))
+            for (long i = 0; i < (s == PATCH_OK ? 2 * (long)some : 0); i++)
+                hits[2 * (l * rows + at) + (size_t)i] =
+                    is_written(logits + (size_t)i / 2 * V, middle, V,
+                               names[(at + (size_t)i / 2) % n], i % 2 ? -1 : 1);
         }
+    }
+    for (size_t i = 0; s == PATCH_OK && i < L * H; i++) {
+        size_t written = 0, unwritten = 0;
+        for (size_t k = i * n; k < (i + 1) * n; k++) {
+            written += (size_t)hits[2 * k];
+            unwritten += (size_t)hits[2 * k + 1];
+        }
+        positive[i] = (double)written / (double)n;
+        negative[i] = (double)unwritten / (double)n;
     }
     return pool_end(&pool, s);
 }

@@ -893,6 +893,9 @@ static void wrong_analyses(World *w) {
     by.partner = partner;
     REFUSED("a partner that is none", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error),
             PATCH_E_INPUT);
+    by.partner = NULL;
+    REFUSED("no partners", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error),
+            PATCH_E_INPUT);
     by.by = PATCH_BY_ZERO;
     by.positions = positions;
     by.n_positions = 2;
