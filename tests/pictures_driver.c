@@ -175,7 +175,7 @@ int main(int argc, char **argv) {
     } else if (strcmp(what, "scale") == 0) {
         Table t = get_table();
         size_t kind = get_number(), n = get_number();
-        Scale s = scale_of(&t, kind, t.range);
+        Scale s = scale_of(&t, kind);
 
         for (; n > 0; n--) {
             unsigned char c[3];
