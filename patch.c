@@ -4986,9 +4986,9 @@ patch_status patch_copying_scores(const patch_model *m, const int *names, size_t
 #endif /* PATCH_CORE */
 
 /* ==== 12. Writers ================================================================================
-   Files that are whole or not there, the processed model file, a file's SHA-256; then, left out of a
-   library (PATCH_NO_MAIN), tables in every format: for machines .npy, .csv, .json and .safetensors,
-   for people SVG, HTML and the terminal, which share labels, colours and panels. */
+   Files that are whole or not there, the processed model file, a file's SHA-256; then, left out of
+   a library (PATCH_NO_MAIN), tables in every format: for machines .npy, .csv, .json and
+   .safetensors, for people SVG, HTML and the terminal, which share labels, colours and panels. */
 
 static const patch_allocator HEAP = {default_alloc, default_free, NULL};
 
@@ -5355,7 +5355,7 @@ typedef struct Table {
     int rank;
     Axis axis[6];
     const double *values; /* row-major over the axes */
-    const double *band;   /* line plots: as many, half the width of a band around each; NULL: none */
+    const double *band;   /* half the width of a line plot's band around each value; NULL: none */
     double range;         /* --range: where the colours end; 0: at the largest value */
     int has_baseline;
     double clean, corrupted;   /* the unpatched means */
@@ -5367,7 +5367,6 @@ typedef struct Table {
     const char *model;         /* SHA-256 in hexadecimal, NULL: none */
     const char *json_more;     /* further members of the object, NULL: none */
     const char *json_stats;    /* a JSON object, NULL: none */
-    const double *band;        /* half the width of a band around each value, NULL: none */
 } Table;
 
 /* utf8_next (chapter 4) over char. */
@@ -5423,11 +5422,12 @@ static int axis_is(const Axis *axis, const char *name) {
 static Label label_of(const Table *t, const Axis *axis, size_t i) {
     const char *text = axis->labels != NULL ? axis->labels[i] : "";
     Label l = {.text = text, .n = strlen(text)};
-    if (i < t->n_tokens && (axis_is(axis, "pos") || axis_is(axis, "dest") || axis_is(axis, "src"))) {
+    l.token = axis_is(axis, "pos") || axis_is(axis, "dest") || axis_is(axis, "src");
+    l.token &= i < t->n_tokens;
+    if (l.token) {
         const char *star = l.n > 0 && text[l.n - 1] == '*' ? "*" : "";
         l.text = t->tokens[i];
         l.n = t->token_bytes[i];
-        l.token = 1;
         snprintf(l.end, sizeof l.end, "_%lu%s", (unsigned long)i, star);
     } else if (axis->labels == NULL)
         snprintf(l.end, sizeof l.end, "%lu", (unsigned long)i);
@@ -5521,20 +5521,29 @@ static void safetensors_end(FILE *f) {
 
 /* ---- 12.6 Tables as text: .csv and .json ----------------------------------------------------- */
 
-/* RFC 4180: quoted where it holds a comma, a quote, a line break or a space; U+FFFD for what is no
-   UTF-8. */
+/* Text in CSV or JSON; each byte that is no UTF-8 becomes U+FFFD. */
+static void put_utf8(FILE *f, const char *text, size_t n, int json) {
+    for (size_t i = 0, length; i < n; i += length) {
+        const uint32_t code = next_char(text + i, n - i, &length);
+        if (code == UTF8_INVALID)
+            fputs("\xEF\xBF\xBD", f);
+        else if (json && code < 0x20)
+            fprintf(f, "\\u%04x", (unsigned)code);
+        else {
+            if (code == '"' || (json && code == '\\'))
+                fputc(json ? '\\' : '"', f);
+            fwrite(text + i, 1, length, f);
+        }
+    }
+}
+
+/* RFC 4180: quoted where it holds a comma, a quote, a line break or a space. */
 static void csv_field(FILE *f, const char *text, size_t n) {
     int quoted = 0;
     for (size_t i = 0; i < n && !quoted; i++)
         quoted = text[i] != '\0' && strchr(", \"\n\r", text[i]) != NULL;
     fputs(quoted ? "\"" : "", f);
-    for (size_t i = 0, length; i < n; i += length) {
-        if (next_char(text + i, n - i, &length) == UTF8_INVALID)
-            fputs("\xEF\xBF\xBD", f);
-        else
-            fwrite(text + i, 1, length, f);
-        fputs(text[i] == '"' ? "\"" : "", f);
-    }
+    put_utf8(f, text, n, 0);
     fputs(quoted ? "\"" : "", f);
 }
 
@@ -5582,36 +5591,14 @@ static void json_number(FILE *f, double v) {
     fputs(isfinite(v) ? number_text(v, text) : "null", f);
 }
 
-/* n bytes as they stand in a JSON string; each byte that is no UTF-8 becomes U+FFFD. */
-static void json_text(FILE *f, const char *text, size_t n) {
-    for (size_t i = 0, length; i < n; i += length) {
-        const uint32_t code = next_char(text + i, n - i, &length);
-        if (code == UTF8_INVALID)
-            fputs("\xEF\xBF\xBD", f);
-        else if (code < 0x20)
-            fprintf(f, "\\u%04x", (unsigned)code);
-        else if (code == '"' || code == '\\')
-            fprintf(f, "\\%c", text[i]);
-        else
-            fwrite(text + i, 1, length, f);
-    }
-}
-
-static void json_string(FILE *f, const char *text, size_t n) {
-    fputc('"', f);
-    json_text(f, text, n);
-    fputc('"', f);
-}
-
 /* ,"key":value of JSON that is there already, or of text to be quoted; nothing where it is NULL. */
 static void json_member(FILE *f, const char *key, const char *value, int quoted) {
     if (value == NULL)
         return;
-    fprintf(f, ",\n\"%s\":", key);
+    fprintf(f, quoted ? ",\n\"%s\":\"" : ",\n\"%s\":", key);
     if (quoted)
-        json_string(f, value, strlen(value));
-    else
-        fputs(value, f);
+        put_utf8(f, value, strlen(value), 1);
+    fputs(quoted ? "\"" : value, f);
 }
 
 static void json_axes(FILE *f, const Table *t) {
@@ -5627,7 +5614,7 @@ static void json_axes(FILE *f, const Table *t) {
         for (size_t i = 0; i < t->axis[k].size; i++) {
             const Label l = label_of(t, &t->axis[k], i);
             fputs(i ? ",\"" : "\"", f);
-            json_text(f, l.text, l.n);
+            put_utf8(f, l.text, l.n, 1);
             fprintf(f, "%s\"", l.end);
         }
         fputc(']', f);
@@ -5916,8 +5903,8 @@ static void panels_go(Panels *p, size_t i) {
 }
 
 /* ---- 12.10 SVG ----------------------------------------------------------------------------------
-   Each panel is a heat map, or a line plot with a line for each row. The figure is drawn in one pass
-   over the values. Lengths are pixels. */
+   Each panel is a heat map, or a line plot with a line for each row. The figure is drawn in one
+   pass over the values. Lengths are pixels. */
 
 enum { TOP = 32, HEAD = 22, BAR = 100 }; /* title, panel's title, least height of a colour bar */
 
@@ -5998,7 +5985,7 @@ static void figure_plan(Figure *g) {
         g->p.scale.lo = fmax(least - pad, -DBL_MAX);
         g->p.scale.hi = fmin(most + pad, DBL_MAX);
     }
-    const double fit = within((pattern ? 180 : 88) / cols, 1, 16); /* side by side, not too narrow */
+    const double fit = within((pattern ? 180 : 88) / cols, 1, 16); /* not too narrow side by side */
     double across = (double)g->across;
     across = ceil(across / ceil(across / fit));           /* 8 where 5 fit: two rows of 4 */
     const double down = ceil((double)g->p.size[FACET] / across);
@@ -6013,16 +6000,6 @@ static void figure_plan(Figure *g) {
     g->width += g->lines ? 44 + g->room[ROW] : 74;        /* the legend or a colour bar */
     g->width = fmax(g->width, 600);                       /* the title */
     g->height = TOP + fmax(down * (HEAD + g->panel_h) + 32 + g->room[COL], HEAD + BAR + 20);
-}
-
-/* Go to value number i. */
-static void figure_go(Figure *g, size_t i) {
-    const size_t *at = g->p.at;
-    panels_go(&g->p, i);
-    g->x = g->left + (double)(at[FACET] % g->across) * (g->panel_w + g->gap) +
-           g->w * (double)at[COL];
-    g->y = TOP + HEAD + (double)(at[FACET] / g->across) * (g->panel_h + HEAD) +
-           (g->lines ? 0 : g->h * (double)at[ROW]);
 }
 
 /* The labels of the value at hand on the axes of some ways: in full "L9 H6", else "L9H6". */
@@ -6204,7 +6181,11 @@ static void write_svg(FILE *f, const Table *t) {
     put_words(f, g.title);
     fputs(cells ? "</text>\n" : "</text>\n<text x='16' y='48'>no cells</text>\n", f);
     for (size_t i = 0; cells && i < table_size(&g.p.t); i++) {
-        figure_go(&g, i);
+        panels_go(&g.p, i);
+        g.x = g.left + (double)(at[FACET] % g.across) * (g.panel_w + g.gap) +
+              g.w * (double)at[COL];
+        g.y = TOP + HEAD + (double)(at[FACET] / g.across) * (g.panel_h + HEAD) +
+              (g.lines ? 0 : g.h * (double)at[ROW]);
         if (at[ROW] + at[COL] == 0)
             draw_panel(f, &g);
         (g.lines ? draw_point : draw_cell)(f, &g);
@@ -6442,7 +6423,7 @@ static void write_html_tables(FILE *f, const Table *tables, size_t n) {
                           .json_settings = n > 0 ? tables[0].json_settings : NULL});
 }
 
-/* ---- 12.12 The terminal: numbers in rows and columns, on their colours where it has some ------ */
+/* ---- 12.12 The terminal: numbers in rows and columns, on colours where it has them ---------- */
 
 /* Where a table is shown. */
 typedef struct Screen {
@@ -6464,7 +6445,8 @@ typedef struct Grid {
 static void grid_axes(Grid *g) {
     static char value[] = "value", *labels[] = {value};
     const int last = g->p.t.rank - 1;
-    const Axis one = {value, 1, labels}, *axis = &g->p.t.axis[last], *before = last ? axis - 1 : &one;
+    const Axis one = {value, 1, labels}, *axis = &g->p.t.axis[last];
+    const Axis *before = last > 0 ? axis - 1 : &one;
     const int turned = last == 0 || axis_is(axis, "pos") || axis_is(axis, "dest");
     g->rows = turned ? *axis : *before;
     g->columns = turned ? *before : *axis;
@@ -6541,7 +6523,7 @@ static void put_cell(FILE *f, Grid *g, double v) {
         fprintf(f, "\033[48;2;%d;%d;%d", c[0], c[1], c[2]);
     else {
         int cube = 0;
-        for (int k = 0; k < 3; k++) /* the palette's cube has the levels 0, 95, 135, 175, 215, 255 */
+        for (int k = 0; k < 3; k++) /* the cube's levels are 0, 95, 135, 175, 215, 255 */
             cube = 6 * cube + (c[k] < 48 ? 0 : c[k] < 115 ? 1 : (c[k] - 35) / 40);
         fprintf(f, "\033[48;5;%d", 16 + cube);
     }
