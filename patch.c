@@ -6027,8 +6027,8 @@ static void end_mark(FILE *f, const Panels *p, const char *tag) {
 static void draw_numbers(FILE *f, const Scale *s, double x, double y, double height, int side) {
     const double half = s->hi / 2 - s->lo / 2, ten = pow(10, floor(log10(half)));
     const double step = ten * (half / ten > 5 ? 5 : half / ten > 2 ? 2 : 0.5);
-    for (double value = ceil(s->lo / step - 1e-6) * step; value <= s->hi + step * 1e-6;
-         value += step) {
+    const double end = fmin(s->hi + step * 1e-6, DBL_MAX);
+    for (double value = ceil(s->lo / step - 1e-6) * step; value <= end; value += step) {
         const double at = y + height * (1 - scale_place(s, value));
         fprintf(f, "<path d='M%g %gh%d' stroke='currentColor'/><text x='%g' y='%g' "
                 "text-anchor='%s'>%.4g</text>\n", x, at, 4 * side, x + 7 * side, at + 4,
