@@ -5064,7 +5064,11 @@ static patch_status out_close(OutFile *o, patch_error *e) {
 
 /* ---- 12.2 The processed flat file (`fold`) --------------------------------------------------- */
 
-/* A flat file on its way: tensors are written one after another while their table is filled; the
+/* What `fold` writes needs no work at load: each matrix of the processed weights in panels
+   [N/16][K][16], as the kernels read them, so that a file in memory or flash is used in place.
+   Layer after layer passes through one matrix's memory.
+
+   A flat file on its way: tensors are written one after another while their table is filled; the
    head, which holds the table's checksum, comes last, over zeros. */
 typedef struct FlatFile {
     FILE *f;
@@ -5468,8 +5472,9 @@ static void put_floats(FILE *f, const float *values, size_t n) {
     }
 }
 
-/* numpy's format, version 1: magic, version, the length of the head in two bytes, the head as a
-   Python dictionary padded with spaces to a multiple of 64 bytes in all, float32 in C order. */
+/* numpy's format, version 1: magic, version, the length of the head in two bytes; the head, a
+   Python dictionary as {'descr': '<f4', 'fortran_order': False, 'shape': (12, 15), }, padded with
+   spaces and a newline to a multiple of 64 bytes in all; then float32 in C order. */
 static void write_npy(FILE *f, const Table *t) {
     const size_t n = table_size(t);
     char shape[6 * 24] = "";
@@ -5727,7 +5732,7 @@ static Scale scale_of(const Table *t, size_t kind) {
     return s;
 }
 
-/* ---- 12.8 Labels ------------------------------------------------------------------------------ */
+/* ---- 12.8 Labels ----------------------------------------------------------------------------- */
 
 /* How many columns a terminal gives a character: 2 to the East Asian and the pictures, 0 to what is
    drawn over its neighbour, 1 to the rest; -1 to what only directs or separates text, and could
@@ -5904,7 +5909,18 @@ static void panels_go(Panels *p, size_t i) {
 
 /* ---- 12.10 SVG ----------------------------------------------------------------------------------
    Each panel is a heat map, or a line plot with a line for each row. The figure is drawn in one
-   pass over the values. Lengths are pixels. */
+   pass over the values. Lengths are pixels.
+
+       title                                                       TOP
+       |          facet 0               facet 1                    HEAD
+       |        +---------+---       +---------+---     colour     cells: w x h each
+       |  row   |         |  gap     |         |        bar, or    of a panel: panel_w x panel_h
+       |        +---------+---       +---------+---     legend
+       |           column               column                     room[COL]
+       |<-left->|
+                   facet 2 ...                                     `across` panels side by side
+
+   Only the first panels of a row have row labels, only the last of a column have column labels. */
 
 enum { TOP = 32, HEAD = 22, BAR = 100 }; /* title, panel's title, least height of a colour bar */
 
@@ -5947,7 +5963,7 @@ static void figure_axes(Figure *g) {
     }
 }
 
-/* Whole pixels, so that cells have sharp edges and nothing between them. */
+/* x within limits, in whole pixels, so that cells have sharp edges and nothing between them. */
 static double within(double x, double least, double most) {
     return floor(fmin(fmax(x, least), most));
 }
@@ -6431,30 +6447,29 @@ typedef struct Screen {
     int colours; /* 0: none, 256 (the palette) or 1 << 24 */
 } Screen;
 
+/* Panels under each other. One axis makes a column under the word "value". */
 typedef struct Grid {
     Panels p;
     Screen screen;
-    Axis rows, columns;           /* of a panel */
-    size_t row_step, column_step; /* in values */
-    int decimals;                 /* of the cells' numbers; -1: all digits; -2: colours alone */
+    Axis axis[3];   /* of the rows and of the columns of a panel, by way */
+    size_t step[3]; /* from row to row, from column to column, in values */
+    int decimals;   /* of the cells' numbers; -1: all digits; -2: colours alone */
     int label_width, cell_width;
     char number[NUMBER_ROOM]; /* of the cell at hand */
 } Grid;
 
-/* Take the last two axes, positions as rows, where tokens can be read; one axis makes a column. */
+/* Take the last two axes, positions as rows, where tokens can be read. */
 static void grid_axes(Grid *g) {
     static char value[] = "value", *labels[] = {value};
-    const int last = g->p.t.rank - 1;
-    const Axis one = {value, 1, labels}, *axis = &g->p.t.axis[last];
-    const Axis *before = last > 0 ? axis - 1 : &one;
-    const int turned = last == 0 || axis_is(axis, "pos") || axis_is(axis, "dest");
-    g->rows = turned ? *axis : *before;
-    g->columns = turned ? *before : *axis;
-    g->row_step = turned ? 1 : axis->size;
-    g->column_step = turned ? axis->size : 1;
-    g->p.way[last] = turned ? ROW : COL;
-    if (last > 0)
-        g->p.way[last - 1] = turned ? COL : ROW;
+    const Axis *last = &g->p.t.axis[g->p.t.rank - 1];
+    const int turned = g->p.t.rank == 1 || axis_is(last, "pos") || axis_is(last, "dest");
+    const int way = turned ? ROW : COL, other = turned ? COL : ROW;
+    g->axis[way] = *last;
+    g->axis[other] = g->p.t.rank > 1 ? last[-1] : (Axis){value, 1, labels};
+    g->step[way] = 1;
+    g->step[other] = last->size;
+    for (int k = 0; k < g->p.t.rank; k++)
+        g->p.way[k] = k == g->p.t.rank - 1 ? way : k == g->p.t.rank - 2 ? other : FACET;
     panels_begin(&g->p);
 }
 
@@ -6467,7 +6482,8 @@ static const char *cell_text(Grid *g, double v) {
     return g->number;
 }
 
-/* The widest number at these decimals, and a space where colours do not part the cells. */
+/* The widest number at these decimals, and a space where colours do not part the cells: a trace's
+   are pale side by side, and have no signs. */
 static int widest_cell(Grid *g) {
     const size_t n = table_size(&g->p.t);
     int width = 0;
@@ -6475,7 +6491,7 @@ static int widest_cell(Grid *g) {
         const int w = (int)strlen(cell_text(g, g->p.t.values[i]));
         width = w > width ? w : width;
     }
-    return width + (g->screen.colours == 0);
+    return width + (g->screen.colours == 0 || g->p.own);
 }
 
 static int widest_label(const Table *t, const Axis *axis) {
@@ -6491,10 +6507,10 @@ static int widest_label(const Table *t, const Axis *axis) {
 /* Choose how cells look: three digits, or two, if a row then fits; else colour alone; and where
    that does not fit either, a row goes over several blocks of columns. */
 static void grid_layout(Grid *g) {
-    const int columns = g->columns.size < 10000 ? (int)g->columns.size : 10000;
+    const int columns = (int)(g->p.size[COL] < 10000 ? g->p.size[COL] : 10000);
     const int most = g->p.scale.hi < 10 ? 2 : g->p.scale.hi < 100 ? 1 : 0;
-    const int head = widest_label(&g->p.t, &g->columns);
-    g->label_width = widest_label(&g->p.t, &g->rows);
+    const int head = widest_label(&g->p.t, &g->axis[COL]);
+    g->label_width = widest_label(&g->p.t, &g->axis[ROW]);
     g->decimals = -1;
     if (g->screen.columns == 0) {
         g->cell_width = widest_cell(g);
@@ -6535,24 +6551,25 @@ static void put_cell(FILE *f, Grid *g, double v) {
 static void put_panel(FILE *f, Grid *g) {
     const double *values = g->p.t.values + g->p.i;
     const int room = g->screen.columns - g->label_width, space = g->cell_width > 2;
-    size_t block = g->columns.size;
+    const size_t columns = g->p.size[COL];
+    size_t block = columns;
     if (g->screen.columns > 0)
         block = room < g->cell_width ? 1 : (size_t)(room / g->cell_width);
-    for (size_t first = 0, end; first < g->columns.size; first = end) {
-        end = g->columns.size - first < block ? g->columns.size : first + block;
+    for (size_t first = 0, end; first < columns; first = end) {
+        end = columns - first < block ? columns : first + block;
         fprintf(f, "%*s", g->label_width, "");
         for (size_t c = first; c < end; c++) {
-            const Label l = label_of(&g->p.t, &g->columns, c);
+            const Label l = label_of(&g->p.t, &g->axis[COL], c);
             fputs(space ? " " : "", f);
             put_label(f, &l, g->cell_width - space, 1);
         }
         fputc('\n', f);
-        for (size_t r = 0; r < g->rows.size; r++) {
-            const Label l = label_of(&g->p.t, &g->rows, r);
+        for (size_t r = 0; r < g->p.size[ROW]; r++) {
+            const Label l = label_of(&g->p.t, &g->axis[ROW], r);
             put_label(f, &l, g->label_width - 1, 0);
             fputc(' ', f);
             for (size_t c = first; c < end; c++)
-                put_cell(f, g, values[r * g->row_step + c * g->column_step]);
+                put_cell(f, g, values[r * g->step[ROW] + c * g->step[COL]]);
             fputc('\n', f);
         }
     }
@@ -6568,13 +6585,14 @@ static void write_screen(FILE *f, const Table *t, Screen screen) {
     }
     grid_axes(&g);
     grid_layout(&g);
-    fprintf(f, "%s (%s by %s)%s%s%s%s%s", t->name, g.rows.name, g.columns.name,
+    fprintf(f, "%s (%s by %s)%s%s%s%s%s", t->name, g.axis[ROW].name, g.axis[COL].name,
             t->metric ? ": " : "", t->metric ? t->metric : "", t->normalized ? ", normalized" : "",
             t->direction ? ", " : "", t->direction ? t->direction : "");
     if (t->has_baseline)
         fprintf(f, "\nunpatched: clean %.4g, corrupted %.4g", t->clean, t->corrupted);
     fputc('\n', f);
-    for (size_t i = 0; i < n; i += g.rows.size * g.columns.size) {
+    const size_t panel = g.p.size[ROW] * g.p.size[COL];
+    for (size_t i = 0; i < n; i += panel) {
         panels_go(&g.p, i);
         for (int k = 0; k < t->rank - 2; k++) {
             const Label l = label_of(t, &t->axis[k], g.p.index[k]);
@@ -6583,7 +6601,7 @@ static void write_screen(FILE *f, const Table *t, Screen screen) {
             fputs(k == t->rank - 3 ? "\n" : "", f);
         }
         put_panel(f, &g);
-        if (g.decimals == -2 && (g.p.own || i + g.rows.size * g.columns.size == n))
+        if (g.decimals == -2 && (g.p.own || i + panel == n))
             fprintf(f, g.p.own ? "pale %.4g, dark %.4g\n" : "red %.4g, white 0, blue %.4g\n",
                     g.p.scale.lo, g.p.scale.hi);
     }
