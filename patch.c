@@ -5868,7 +5868,7 @@ static void put_label(FILE *f, const Label *l, int width, int to_the_right) {
     fprintf(f, "%*s", cut ? -excess : to_the_right ? 0 : pad, "");
 }
 
-/* ---- 12.9 Panels, and SVG -----------------------------------------------------------------------
+/* ---- 12.9 Panels --------------------------------------------------------------------------------
    A picture is a table in panels, each a two-dimensional slice of it. Every axis of the table runs
    one way: from panel to panel (a facet), down the rows of a panel or along its columns; of several
    that run the same way the last is the fastest. Facets are the leading axes. */
