@@ -4,11 +4,14 @@
    The request, on stdin, is binary, numbers in the machine's byte order: u32 is a number; a text is
    its length (0xffffffff: NULL) and its bytes; f64 is a double.
 
-       driver svg|html|scale <REQUEST >PICTURE
+       driver svg|json|csv|screen|html|scale <REQUEST >PICTURE
 
    svg    a table: texts command, name, metric, direction; u32 normalized; u32 has_baseline; f64
           clean, corrupted, range; u32 rank; per axis: text name, u32 size, u32 labelled, `size`
-          texts where labelled; u32 n_tokens (0xffffffff: none), the tokens; the values as f64
+          texts where labelled; u32 n_tokens (0xffffffff: none), the tokens; the values as f64;
+          u32 has_band, the band as f64
+   json, csv   a table
+   screen      a table, u32 columns, u32 colours
    html   texts title, settings; u32 n, n paragraphs; u32 n, n tables; u32 n, n prompt texts, u32
           has_corrupted, n pairs of f64; u32 prompts, heads, tokens of the attention, head names,
           tokens as texts, and the patterns as f64
@@ -125,6 +128,8 @@ static Table get_table(void) {
         t.token_bytes = bytes;
     }
     t.values = get_doubles(table_size(&t));
+    if (get_number())
+        t.band = get_doubles(table_size(&t));
     return t;
 }
 
@@ -166,16 +171,23 @@ static void draw_page(void) {
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "";
 
-    if (strcmp(what, "svg") == 0) {
+    if (strcmp(what, "svg") == 0 || strcmp(what, "json") == 0 || strcmp(what, "csv") == 0) {
         Table t = get_table();
 
-        write_svg(stdout, &t);
+        (*what == 's' ? write_svg : *what == 'j' ? write_json : write_csv)(stdout, &t);
+    } else if (strcmp(what, "screen") == 0) {
+        Table t = get_table();
+        Screen screen = {0, 0};
+
+        screen.columns = (int)get_number();
+        screen.colours = (int)get_number();
+        write_screen(stdout, &t, screen);
     } else if (strcmp(what, "html") == 0) {
         draw_page();
     } else if (strcmp(what, "scale") == 0) {
         Table t = get_table();
         size_t kind = get_number(), n = get_number();
-        Scale s = scale_of(&t, kind, t.range);
+        Scale s = scale_of(&t, kind);
 
         for (; n > 0; n--) {
             unsigned char c[3];
@@ -184,7 +196,7 @@ int main(int argc, char **argv) {
             printf("%02x%02x%02x\n", c[0], c[1], c[2]);
         }
     } else {
-        fprintf(stderr, "usage: pictures_driver svg|html|scale <request\n");
+        fprintf(stderr, "usage: pictures_driver svg|json|csv|screen|html|scale <request\n");
         return 2;
     }
     while (n_kept > 0)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The SVG writer: pictures are parsed, their colours turned back into numbers and compared with the table.
+"""The writers for people: pictures are parsed, their colours turned back into numbers and compared with the
+table; so are tables on a terminal, whose columns are counted.
 
 The C is driven through pictures_driver.c, which includes patch.c ($PATCH_SOURCE: another file), with
 sanitizers where the compiler has them. Standard library only."""
 
+import json
 import math
 import os
 import random
@@ -81,12 +83,12 @@ class Table:
     """A Table of patch.c. axes: (name, size) or (name, labels); values: flat, row-major."""
 
     def __init__(self, axes, values, tokens=None, name="resid_pre", command="patch", metric="logit_diff",
-                 direction="denoising", normalized=True, baseline=None, spread=0.0):
+                 direction="denoising", normalized=True, baseline=None, spread=0.0, band=None):
         self.axes = [(axis, labels if isinstance(labels, int) else len(labels),
                       None if isinstance(labels, int) else labels) for axis, labels in axes]
         self.values, self.tokens, self.name, self.command = list(values), tokens, name, command
         self.metric, self.direction, self.normalized = metric, direction, normalized
-        self.baseline, self.spread = baseline, spread
+        self.baseline, self.spread, self.band = baseline, spread, band
         assert len(self.values) == math.prod(size for _, size, _ in self.axes)
 
     def request(self):
@@ -98,11 +100,12 @@ class Table:
             out += b"".join(text(label) for label in labels or [])
         out += number(0xffffffff if self.tokens is None else len(self.tokens))
         out += b"".join(text(token) for token in self.tokens or [])
-        return out + doubles(self.values)
+        out += doubles(self.values) + number(self.band is not None)
+        return out + doubles(self.band or [])
 
 
 def ask(what, request):
-    done = subprocess.run([driver(), what], input=request, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run([driver(), what], input=request, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=100)
     if done.returncode != 0:
         raise AssertionError("driver %s: status %d: %s" % (what, done.returncode, done.stderr.decode()))
     return done.stdout
@@ -110,6 +113,13 @@ def ask(what, request):
 
 def svg(table):
     return ask("svg", table.request())
+
+
+def screen(table, columns=80, colours=0):
+    """The lines of a table on a terminal of so many columns (0: none) and colours."""
+    out = ask("screen", table.request() + number(columns) + number(colours)).decode()
+    assert out.endswith("\n")
+    return out[:-1].split("\n")
 
 
 # ---- the colour scale, written anew ----------------------------------------------------------------------
@@ -419,6 +429,35 @@ class LinePlot(unittest.TestCase):
         for group in groups:
             self.assertIn(group, texts(svg(table)))
 
+    def test_bands(self):
+        """A band lies around each line, as wide as the table says; the scale reaches its edges."""
+        values, band = smooth((2, 6)), [0.1 * (i % 4) for i in range(12)]
+        values[2], band[9] = NAN, NAN
+        table = Table([("group", ["first_subject", "last"]), ("layer", 6)], values, command="trace",
+                      name="averages", direction=None, band=band)
+        root = ElementTree.fromstring(svg(table))
+        bands = [path for path in root.iter(SVG + "path") if path.get("fill-opacity")]
+        points = {title.rsplit(":", 1)[0]: float(mark.get("cy")) for title, mark in marks(svg(table))}
+        corners = [[tuple(map(float, corner.split())) for corner in path.get("d")[1:-1].split("L")]
+                   for path in bands]
+        self.assertEqual([len(corner) for corner in corners], [4, 6, 6, 4])
+        frame = next(path for path in root.iter(SVG + "path") if path.get("stroke-opacity") == ".6").get("d")
+        top = float(frame.split("h")[0].split()[1])
+        for corner in corners:
+            half = len(corner) // 2
+            for (x, upper), (below, lower) in zip(corner[:half], reversed(corner[half:])):
+                self.assertEqual(x, below)
+                self.assertTrue(top < upper <= lower < top + 242, (upper, lower))
+        (_, upper), (_, lower) = corners[0][1], corners[0][2]
+        self.assertTrue(abs((upper + lower) / 2 - points["first_subject L1"]) < 0.01)
+        scale = (points["first_subject L0"] - points["first_subject L1"]) / (values[1] - values[0])
+        self.assertTrue(abs((lower - upper) - 2 * band[1] * scale) < 0.01)
+        for odd in ([NAN] * 6, [1e308] * 6, [float("inf")] * 6, [0.0] * 6):
+            for line in ([0.5] * 6, [1e308] * 6, [NAN] * 6):
+                picture = svg(Table([("group", ["last"]), ("layer", 6)], line, command="trace", band=odd))
+                self.assertFalse(re.search(rb"[ML' ](nan|-?inf)\b[^<]*d=", picture))
+                self.assertNotIn(b"nan' ", picture)
+
     def test_lens_heads_are_a_heat_map(self):
         """L0H0 .. and a remainder: layers by heads, the remainder in the title."""
         labels = ["L%dH%d" % (layer, head) for layer in range(3) for head in range(4)] + ["remainder"]
@@ -428,6 +467,95 @@ class LinePlot(unittest.TestCase):
         self.assertEqual(len(found), 12)
         self.assertEqual(found[6][0], "L1 H2: 0.5")
         self.assertIn("remainder 0.125", texts(svg(table))[0])
+
+
+class Terminal(unittest.TestCase):
+    SGR = re.compile(r"\x1b\[[0-9;]*m")
+    CELL = re.compile(r"\x1b\[48;2;(\d+);(\d+);(\d+);38;5;(?:16|231)m([^\x1b]*)\x1b\[0m")
+
+    def plain(self, lines):
+        return [self.SGR.sub("", line) for line in lines]
+
+    def test_widths(self):
+        """80 columns, 20 columns, 1 column: no row is wider than the screen if a cell fits at all."""
+        tokens = ["<|endoftext|>", "a" * 300, "\u6771" * 100, "x\u0301", "\n"]
+        for axes in ([("layer", 12), ("pos", 5)], [("layer", 2), ("pos", 5), ("head", 60)], [("pos", 5)],
+                     [("layer", 2), ("head", 3), ("dest", 5), ("src", 5)], [("layer", 48), ("head", 48)]):
+            table = Table(axes, smooth([size for _, size in axes]), tokens=tokens)
+            for columns in (200, 80, 20):
+                for colours in (0, 256, 1 << 24):
+                    for line in self.plain(screen(table, columns, colours))[1:]:
+                        if line.startswith(("red ", "layer ")): # below and above panels: may wrap
+                            continue
+                        width = sum(0 if c == "\u0301" else 2 if c == "\u6771" else 1 for c in line)
+                        self.assertLessEqual(width, columns, (axes, line))
+            for columns in (1, 2, 3, 7, 0):
+                self.assertGreater(len(screen(table, columns, 256)), 2)
+
+    def test_colours(self):
+        """Each cell has the picture's colour of its value, and its value."""
+        values = smooth((3, 4))
+        cells = self.CELL.findall("\n".join(screen(Table([("layer", 3), ("head", 4)], values), 80, 1 << 24)))
+        self.assertEqual(len(cells), 12)
+        high = largest(values)
+        for (r, g, b, shown), value in zip(cells, values):
+            back = invert("%02x%02x%02x" % (int(r), int(g), int(b)), RDBU, -high, high)
+            self.assertTrue(abs(back - value) < high / 200, (back, value))
+            self.assertEqual(shown.strip(), "%.2f" % value)
+
+    def test_traces(self):
+        """Kind after kind in its own colours from the corrupted mean upwards, the subject starred."""
+        labels = ["The*", " Space*", " is"]
+        for layers in (4, 40):
+            values = [0.05 + 0.01 * i for i in range(9 * layers)]
+            table = Table([("kind", ["resid", "mlp", "attn"]), ("pos", labels), ("layer", layers)], values,
+                          command="trace", name="trace", metric="prob", direction=None, normalized=False,
+                          baseline=(0.9, 0.05))
+            lines = screen(table, 80, 1 << 24)
+            cells = self.CELL.findall("\n".join(lines))
+            self.assertEqual(len(cells), len(values))
+            for i, (r, g, b, _) in enumerate(cells):
+                kind = i // (3 * layers)
+                high = values[3 * layers * (kind + 1) - 1]
+                back = invert("%02x%02x%02x" % (int(r), int(g), int(b)), (PURPLES, GREENS, REDS)[kind], 0.05, high)
+                self.assertTrue(abs(back - values[i]) < (high - 0.05) / 100, (i, back))
+            words = self.plain(lines)
+            self.assertEqual(sum(line.startswith("The*") for line in words), 3)
+            self.assertEqual([line for line in words if line.startswith("kind")],
+                             ["kind resid", "kind mlp", "kind attn"])
+            self.assertEqual([line for line in words if line.startswith("pale 0.05, dark ")] != [], layers == 40)
+
+    def test_odd_values(self):
+        """One value everywhere, NaN, infinities, no cells: a line for each row, or a line that says so."""
+        for value in (0.0, 7.0, -3e-5, 1e300, NAN, float("inf"), -float("inf"), 5e-324):
+            for columns, colours in ((80, 256), (20, 0), (0, 0)):
+                self.assertGreaterEqual(len(screen(Table([("layer", 2), ("pos", 3)], [value] * 6), columns, colours)), 5)
+        for axes in ([("layer", 0), ("pos", 5)], [("layer", 4), ("pos", 0)], [("kind", []), ("layer", 1)],
+                     [("part", 0)], [("example", 0), ("layer", 2), ("pos", 2)]):
+            for columns in (0, 20, 80):
+                self.assertEqual(screen(Table(axes, []), columns, 256), ["resid_pre: no cells"])
+
+
+class Machines(unittest.TestCase):
+    def test_tokens_with_a_nul(self):
+        """A NUL does not end a label: pictures and the terminal show it escaped, JSON holds it."""
+        table = Table([("layer", 1), ("pos", 2)], [1, 2], tokens=[b"a\x00b", b"\x00"])
+        self.assertIn(r'L0 "a\x00b"_0: 1', [title for title, _ in marks(svg(table))])
+        self.assertTrue(any(line.startswith(r"a\x00b_0 ") for line in screen(table)))
+        self.assertEqual(json.loads(ask("json", table.request()))["labels"]["pos"], ["a\0b_0", "\0_1"])
+        self.assertEqual(ask("csv", table.request()).split(b"\n")[1], b"resid_pre,0,0,a\0b,1")
+
+    def test_no_cells(self):
+        for axes in ([("layer", 0), ("pos", 5)], [("kind", []), ("layer", 1)], [("part", 0)]):
+            read = json.loads(ask("json", Table(axes, []).request()))
+            self.assertEqual((read["values"], len(read["labels"][axes[0][0]])), ([], 0))
+            self.assertEqual(ask("csv", Table(axes, []).request()).count(b"\n"), 1)
+
+    def test_odd_values_in_json(self):
+        table = Table([("pos", 4)], [NAN, float("inf"), 1e300, 5e-324], baseline=(NAN, 1.0))
+        read = json.loads(ask("json", table.request()))
+        self.assertEqual(read["values"], [None, None, 1e300, 5e-324])
+        self.assertIsNone(read["clean"])
 
 
 if __name__ == "__main__":
