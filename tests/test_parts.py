@@ -180,17 +180,6 @@ class Parts(unittest.TestCase):
             self.assertEqual(done.returncode, 2, shard)
         self.assertEqual(util.actpatch("patch", PROMPTS, "--sweep", "resid_pre", "--shard", "1/2").returncode, 2)
 
-    def test_gnu_parallel(self):
-        """The README's GNU parallel line gives the single run's file."""
-        if not shutil.which("parallel"):
-            self.skipTest("GNU parallel is not installed")
-        util.must("patch", PROMPTS, "--sweep", "resid_pre", "-o", self.at("whole.npy"))
-        line = "parallel %s patch %s --sweep resid_pre --shard {}/4 -o %s/out-{}.npy ::: 1 2 3 4" % (
-            util.binary(), PROMPTS, self.folder)
-        subprocess.check_call(line, shell=True, stdin=subprocess.DEVNULL)
-        util.must("merge", *([self.at("out-%d.npy.part" % i) for i in range(1, 5)] + ["-o", self.at("merged.npy")]))
-        self.assertEqual(read(self.at("merged.npy")), read(self.at("whole.npy")))
-
 
 if __name__ == "__main__":
     unittest.main()
