@@ -27,7 +27,6 @@ IDS = ["clean_ids", "corrupted_ids", "answer_id", "wrong_id"]
 ROW = [CLEAN, CORRUPTED, " Mary", " John"]
 ESCAPE = re.compile("\033\\[[0-9;]*m")
 
-FACTS = os.path.join(util.TINY, "facts.tsv")
 TABLES = [".npy", ".csv", ".json", ".svg", ".html"]
 # Every command that writes files, without -o, and the endings that it takes.
 WRITERS = (
@@ -35,7 +34,7 @@ WRITERS = (
     (["cache", "--text", "a", "--names", "*"], [".safetensors"]), (["fold"], [".bin"]),
     (["lens", IOI], TABLES), (["attn", IOI, "--heads", "0.2"], TABLES),
     (["heads"], TABLES), (["path", IOI], TABLES), (["ablate", IOI, "--site", "resid_pre"], TABLES),
-    (["trace", FACTS, "--samples", "1"], [".json"]), (["report", IOI], [".html"]))
+    (["trace", FACT, "--samples", "1"], [".json"]), (["report", IOI], [".html"]))
 
 shared = None
 models = {}
