@@ -28,13 +28,13 @@ ROW = [CLEAN, CORRUPTED, " Mary", " John"]
 ESCAPE = re.compile("\033\\[[0-9;]*m")
 
 TABLES = [".npy", ".csv", ".json", ".svg", ".html"]
-# Every command that writes files, without -o, and the endings that it takes.
+# Every command that writes files, without -o, and the endings that it takes. fact.tsv: see one_fact.
 WRITERS = (
     (["patch", IOI, "--sweep", "resid_pre"], TABLES), (["diff", IOI], [".npy", ".csv", ".json"]),
     (["cache", "--text", "a", "--names", "*"], [".safetensors"]), (["fold"], [".bin"]),
     (["lens", IOI], TABLES), (["attn", IOI, "--heads", "0.2"], TABLES),
     (["heads"], TABLES), (["path", IOI], TABLES), (["ablate", IOI, "--site", "resid_pre"], TABLES),
-    (["trace", FACT, "--samples", "1"], [".json"]), (["report", IOI], [".html"]))
+    (["trace", "fact.tsv", "--samples", "1"], [".json"]), (["report", IOI], [".html"]))
 
 shared = None
 models = {}
@@ -79,6 +79,10 @@ class Case(unittest.TestCase):
     def tsv(self, rows, columns=COLUMNS, name="p.tsv"):
         util.write_tsv(self.at(name), columns, rows)
         return name
+
+    def one_fact(self):
+        return self.tsv([["The capital of France is the city of", "France", ""]],
+                        ["prompt", "subject", "attribute"], "fact.tsv")
 
     def files(self):
         return {name: self.read(name) for name in os.listdir(self.folder) if os.path.isfile(self.at(name))}
@@ -644,6 +648,7 @@ class Outputs(Case):
 
     def test_every_command_refuses_bad_outputs(self):
         """Unknown endings are wrong calls; a folder, a missing one and a file in a folder's place, errors."""
+        self.one_fact()
         os.mkdir(self.at("folder.d"))
         self.write("plain", "no folder")
         for words, endings in WRITERS:
@@ -667,6 +672,7 @@ class Outputs(Case):
                 ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], stderr=subprocess.DEVNULL):
             self.skipTest("a tiny file system needs root and mount")
         self.addCleanup(subprocess.call, ["umount", disk])
+        self.one_fact()
         for ending in sorted({ending for _, endings in WRITERS for ending in endings}):
             self.write("disk/x" + ending, "old")
         try:
