@@ -56,6 +56,10 @@ fuzz: actpatch
 test-exhaustive: actpatch
 	@CC="$(CC)" $(PYTHON) tests/test_kernels.py --exhaustive
 
+# The pictures of README.md, into tests/pictures.
+pictures: actpatch
+	@sh tests/pictures.sh
+
 bench: actpatch
 	@CC="$(CC)" $(PYTHON) tests/bench.py
 
@@ -79,4 +83,4 @@ uninstall:
 clean:
 	rm -rf actpatch libactpatch.so build
 
-.PHONY: all lib demo test test-core test-reference test-exhaustive fuzz bench install uninstall clean
+.PHONY: all lib demo test test-core test-reference test-exhaustive fuzz pictures bench install uninstall clean

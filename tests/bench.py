@@ -195,6 +195,20 @@ def numpy_rows(python):
         print("| numpy's BLAS, 768 x 3072 | %s |" % " | ".join(done.stdout.decode().split()))
 
 
+def resume(argv, folder, pairs):
+    """What the part file costs: the ratios of processor time with -o FILE to that with -o -, run in turn."""
+    def seconds(out):
+        child = subprocess.Popen([str(word) for word in argv] + ["-o", out], stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        if status:
+            raise AssertionError("%s: status %d" % (argv, status))
+        return usage.ru_utime + usage.ru_stime
+
+    ratios = sorted(seconds(os.path.join(folder, "out.npy")) / seconds("-") for _ in range(pairs))
+    return "median %.3f of %d pairs (%.3f to %.3f)" % (ratios[pairs // 2], pairs, ratios[0], ratios[-1])
+
+
 def extras(arguments, folder, tool, program, model, folded, reference):
     def best(argv):
         seconds, memory = timed(argv, arguments.runs)
@@ -206,6 +220,9 @@ def extras(arguments, folder, tool, program, model, folded, reference):
     print("loading alone (tokens): %s" % best([program, "tokens", "-m", model, "a"]))
     if "load" in reference:
         print("TransformerLens, import and load: %.1f s" % reference["load"])
+    print("processor time with FILE.part beside that without, block_every in 64M: %s" % resume(
+        [program, "patch", PROMPTS, "-m", model, "--sweep", "block_every", "--threads", "1", "--max-memory", "64M"],
+        folder, 2 * arguments.runs + 1))
     text = ("When John and Mary went to the shops, John gave the bag to Mary. " * 20000)[:1 << 20].encode()
     done = subprocess.run([tool, "tokens", model], input=text, stdout=subprocess.PIPE)
     print("tokenizing a megabyte: %s s" % done.stdout.decode().strip())

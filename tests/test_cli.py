@@ -27,6 +27,15 @@ IDS = ["clean_ids", "corrupted_ids", "answer_id", "wrong_id"]
 ROW = [CLEAN, CORRUPTED, " Mary", " John"]
 ESCAPE = re.compile("\033\\[[0-9;]*m")
 
+TABLES = [".npy", ".csv", ".json", ".svg", ".html"]
+# Every command that writes files, without -o, and the endings that it takes. fact.tsv: see one_fact.
+WRITERS = (
+    (["patch", IOI, "--sweep", "resid_pre"], TABLES), (["diff", IOI], [".npy", ".csv", ".json"]),
+    (["cache", "--text", "a", "--names", "*"], [".safetensors"]), (["fold"], [".bin"]),
+    (["lens", IOI], TABLES), (["attn", IOI, "--heads", "0.2"], TABLES),
+    (["heads"], TABLES), (["path", IOI], TABLES), (["ablate", IOI, "--site", "resid_pre"], TABLES),
+    (["trace", "fact.tsv", "--samples", "1"], [".json"]), (["report", IOI], [".html"]))
+
 shared = None
 models = {}
 
@@ -70,6 +79,10 @@ class Case(unittest.TestCase):
     def tsv(self, rows, columns=COLUMNS, name="p.tsv"):
         util.write_tsv(self.at(name), columns, rows)
         return name
+
+    def one_fact(self):
+        return self.tsv([["The capital of France is the city of", "France", ""]],
+                        ["prompt", "subject", "attribute"], "fact.tsv")
 
     def files(self):
         return {name: self.read(name) for name in os.listdir(self.folder) if os.path.isfile(self.at(name))}
@@ -647,6 +660,49 @@ class Outputs(Case):
         self.refused("no/f.bin", "fold", "-o", "no/f.bin")
         self.refused("no/c.safetensors", "cache", "--text", "a", "--names", "*", "-o", "no/c.safetensors")
 
+    def test_every_command_refuses_bad_outputs(self):
+        """Unknown endings are wrong calls; a folder, a missing one and a file in a folder's place, errors."""
+        self.one_fact()
+        os.mkdir(self.at("folder.d"))
+        self.write("plain", "no folder")
+        for words, endings in WRITERS:
+            for path in ("x", "x.foo", "x" + endings[0].upper(), "x%s.gz" % endings[0], "folder.d/", "", "."):
+                if endings[0] != ".bin":  # fold takes any name
+                    self.fails(2, "ending", *(words + ["-o", path]))
+            for ending in endings:
+                if not os.path.isdir(self.at("d" + ending)):
+                    os.mkdir(self.at("d" + ending))
+                for path, why in (("d" + ending, "Is a directory"), ("no/x" + ending, "No such file"),
+                                  ("plain/x" + ending, "Not a directory"), ("x" * 300 + ending, "File name too long")):
+                    self.refused("cannot be written: %s[^,]*, %s" % (why, path[:50]), *(words + ["-o", path]))
+            self.assertFalse(any(os.listdir(self.at(name)) for name in os.listdir(self.folder)
+                                 if os.path.isdir(self.at(name))), words)
+
+    def test_every_command_on_a_full_disk(self):
+        """One line, no half file, and what stood under the name before is still there."""
+        disk = self.at("disk")
+        os.mkdir(disk)
+        if os.geteuid() != 0 or not shutil.which("mount") or subprocess.call(
+                ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], stderr=subprocess.DEVNULL):
+            self.skipTest("a tiny file system needs root and mount")
+        self.addCleanup(subprocess.call, ["umount", disk])
+        self.one_fact()
+        for ending in sorted({ending for _, endings in WRITERS for ending in endings}):
+            self.write("disk/x" + ending, "old")
+        try:
+            self.write("disk/filler", bytes(1 << 20))
+        except OSError:
+            pass
+        before = {name: self.read("disk/" + name) for name in os.listdir(disk)}
+        for words, endings in WRITERS:
+            for ending in endings:
+                done = self.actpatch(*(words + ["-o", "disk/x" + ending]))
+                self.assertEqual(done.returncode, 1, words)
+                self.assertRegex(done.stderr, "^actpatch: could not be written[^\n]*, disk/x[^\n]*, [^\n]+\n$", words)
+                after = {name: self.read("disk/" + name) for name in os.listdir(disk)}
+                after.pop("x%s.part" % ending, None)  # of a sweep: what was done is kept
+                self.assertEqual(after, before, words)
+
     def test_old_files_survive_errors(self):
         """What stood under the name stays until the new file is whole."""
         self.write("x.json", "old")
@@ -664,7 +720,9 @@ class Outputs(Case):
     @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no /dev/full")
     def test_standard_output_that_is_full(self):
         """What could not be printed is an error too."""
-        for words in (["info"], ["diff", IOI], ["top", "a"], ["-h"], ["patch", IOI, "--sweep", "resid_pre", "-o", "-"]):
+        printers = [words for words, endings in WRITERS if ".csv" in endings]
+        printers += [words + ["-o", "-"] for words in printers]
+        for words in [["info"], ["tokens", "a"], ["top", "a"], ["-h"], ["patch", "-h"]] + printers:
             with open("/dev/full", "wb") as full:
                 done = subprocess.run([util.binary()] + words, stdout=full, stderr=subprocess.PIPE, cwd=self.folder,
                                       env=dict(os.environ, ACTPATCH_MODEL=util.TINY_MODEL))

@@ -180,16 +180,40 @@ class Parts(unittest.TestCase):
             self.assertEqual(done.returncode, 2, shard)
         self.assertEqual(util.actpatch("patch", PROMPTS, "--sweep", "resid_pre", "--shard", "1/2").returncode, 2)
 
-    def test_gnu_parallel(self):
-        """The README's GNU parallel line gives the single run's file."""
-        if not shutil.which("parallel"):
-            self.skipTest("GNU parallel is not installed")
-        util.must("patch", PROMPTS, "--sweep", "resid_pre", "-o", self.at("whole.npy"))
-        line = "parallel %s patch %s --sweep resid_pre --shard {}/4 -o %s/out-{}.npy ::: 1 2 3 4" % (
-            util.binary(), PROMPTS, self.folder)
-        subprocess.check_call(line, shell=True, stdin=subprocess.DEVNULL)
-        util.must("merge", *([self.at("out-%d.npy.part" % i) for i in range(1, 5)] + ["-o", self.at("merged.npy")]))
-        self.assertEqual(read(self.at("merged.npy")), read(self.at("whole.npy")))
+
+class ManyPrompts(unittest.TestCase):
+    def test_a_thousand_examples_in_the_memory_of_a_hundred(self):
+        """With --max-memory 1,000 examples take little more than 100 and give the values of smaller files."""
+        folder = util.scratch()
+        self.addCleanup(folder.cleanup)
+        choice, rows = random.Random(3), []
+        for _ in range(1000):
+            clean = [639] + [choice.randrange(300, 600) for _ in range(11)]
+            corrupted = list(clean)
+            corrupted[choice.randrange(2, 10)] = choice.randrange(300, 600)
+            rows.append([clean, corrupted] + choice.sample(range(300, 600), 2))
+
+        def sweep(some, *words):
+            """(values, peak resident bytes) of the examples rows[some]."""
+            prompts = util.write_tsv(os.path.join(folder.name, "p.tsv"),
+                                     ["clean_ids", "corrupted_ids", "answer_id", "wrong_id"], rows[some])
+            out = os.path.join(folder.name, "out.npy")
+            child = subprocess.Popen([util.binary(), "patch", prompts, "--sweep", "block_every", "--per-prompt",
+                                      "--threads", "1", "-m", util.TINY_MODEL, "-o", out] + list(words))
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = status
+            self.assertEqual(status, 0)
+            return util.read_npy(out).data, usage.ru_maxrss * 1024
+        values, peak = sweep(slice(0, 1000), "--max-memory", "48M")
+        few, peak_of_few = sweep(slice(0, 100), "--max-memory", "48M")
+        each = len(few) // 100
+        self.assertEqual(len(values), 1000 * each)
+        self.assertEqual(values[:100 * each], few)
+        self.assertEqual(values[900 * each:], sweep(slice(900, 1000))[0])
+        self.assertEqual(values[500 * each:501 * each], sweep(slice(500, 501))[0])
+        self.assertLessEqual(peak, 1.25 * peak_of_few)
+        self.assertLessEqual(peak, 1.1 * (48 << 20))
+        self.assertGreater(sweep(slice(0, 1000))[1], 2 * peak)  # so that the bound is what held it
 
 
 if __name__ == "__main__":

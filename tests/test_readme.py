@@ -3,17 +3,22 @@
 
 In README.md a ```console block is run: lines `$ command`, each followed by what it prints, on both
 outputs; a line `...` stands for any lines. Each command runs in a copy of the checkout made of symbolic
-links, one for each ## section. ```c and ```python blocks are written to the file that their first line
+links, one for each ## section. A ```terminal block is the same in a terminal of 80 columns without
+colours. ```c and ```python blocks are written to the file that their first line
 names, and programs behind `python3` that import what is not installed are skipped by name. Numbers with
 a fraction may differ by 2e-5, since other processors add in another order; all else is compared
 character by character, but for the width of spaces. ```sh blocks are not run."""
 
+import fcntl
 import glob
 import importlib.util
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -22,6 +27,9 @@ import util  # noqa: E402
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?(?![\w])")
 NEEDS_MODULE = re.compile(r"^ *(?:import|from) (numpy|pandas|safetensors)\b", re.M)
 TOLERANCE = 2e-5
+COLOUR = re.compile(r"(?<=fill=')#[0-9a-f]{6}(?=')")
+SVG_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+SHELL = ("console", "terminal")
 PROMPTS = os.path.join(util.TINY, "ioi.tsv")
 
 
@@ -37,7 +45,7 @@ class Block:
         self.language, self.section, self.line, self.lines = language, section, line, []
 
     def commands(self):
-        """[(command, lines expected)] of a console block."""
+        """[(command, lines expected)] of a console or terminal block."""
         found = []
         for line in self.lines:
             if line.startswith("$ "):
@@ -104,6 +112,29 @@ class Comparison(unittest.TestCase):
                 self.assertEqual(same(got.split("\n"), want.split("\n")), equal)
 
 
+def in_pipe(command, **options):
+    """(exit status, what it prints on both outputs)."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120, **options)
+    return done.returncode, done.stdout
+
+
+def in_terminal(command, **options):
+    """The same where both outputs are a terminal of 80 columns."""
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    child, output = subprocess.Popen(command, stdout=terminal, stderr=terminal, **options), []
+    os.close(terminal)
+    while True:
+        try:  # at the end Linux gives an error, other systems nothing
+            output.append(os.read(master, 65536))
+        except OSError:
+            break
+        if not output[-1]:
+            break
+    os.close(master)
+    return child.wait(), b"".join(output).replace(b"\r\n", b"\n")
+
+
 class Copy:
     """The checkout as symbolic links in a temporary folder, so that commands may write beside them."""
 
@@ -139,7 +170,7 @@ class Copy:
             else:
                 with open(os.path.join(self.folder.name, name.group(1)), "w", encoding="utf-8") as file:
                     file.write("\n".join(block.lines) + "\n")
-        if block.language == "console":
+        if block.language in SHELL:
             for command, want in block.commands():
                 self.run_command(block, command, want)
 
@@ -148,12 +179,12 @@ class Copy:
         if missing:
             self.skipped.append("`%s` needs %s" % (command, missing))
             return
-        done = subprocess.run(command, shell=True, cwd=self.folder.name, env=self.environment, timeout=120,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        got = done.stdout.decode("utf-8", "surrogateescape").split("\n")[:-1]
+        status, output = (in_terminal if block.language == "terminal" else in_pipe)(
+            command, shell=True, cwd=self.folder.name, env=self.environment, stdin=subprocess.DEVNULL)
+        got = output.decode("utf-8", "surrogateescape").split("\n")[:-1]
         if not same(got, want):
             self.problems.append("README.md:%d: `%s` (status %d) prints\n%s\nand not\n%s" % (
-                block.line, command, done.returncode, "\n".join(got), "\n".join(want)))
+                block.line, command, status, "\n".join(got), "\n".join(want)))
 
     def missing_module(self, command):
         program = re.match(r"python3 (\w+\.py)$", command)
@@ -193,7 +224,7 @@ def add_section(section):
 
 
 if os.path.exists(os.path.join(util.ROOT, "README.md")):
-    for found in sorted({block.section for block in blocks(readme()) if block.language == "console"}):
+    for found in sorted({block.section for block in blocks(readme()) if block.language in SHELL}):
         add_section(found)
 
 
@@ -330,6 +361,43 @@ class Published(unittest.TestCase):
             sweep = self.sweep("attn_head_%s_all_pos" % kind)
             for head, want in heads.items():
                 self.near(sweep(*head), want)
+
+
+class Pictures(unittest.TestCase):
+    """The pictures of tests/pictures are those that the program draws."""
+
+    def near(self, got, want):
+        """The same picture: numbers within the last digits shown, colours within two steps, all else equal."""
+        colours = [COLOUR.findall(picture) for picture in (got, want)]
+        got, want = (COLOUR.sub("", picture) for picture in (got, want))
+        self.assertEqual(SVG_NUMBER.sub("", got), SVG_NUMBER.sub("", want))
+        for a, b in zip(map(float, SVG_NUMBER.findall(got)), map(float, SVG_NUMBER.findall(want))):
+            self.assertTrue(abs(a - b) <= 1e-4 * (1 + abs(b)), (a, b))
+        for a, b in zip(*colours):
+            for i in (1, 3, 5):
+                self.assertTrue(abs(int(a[i:i + 2], 16) - int(b[i:i + 2], 16)) <= 2, (a, b))
+
+    def test_pictures_are_those_that_make_pictures_draws(self):
+        """tests/pictures.sh draws the committed files again: the same bytes, but for other processors' last digits."""
+        committed = os.path.join(util.TESTS, "pictures")
+        with util.scratch() as folder:
+            done = util.run(["sh", os.path.join(util.TESTS, "pictures.sh"), folder], env={"ACTPATCH_BIN": util.binary()})
+            self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ""))
+            self.assertEqual(sorted(os.listdir(folder)), sorted(os.listdir(committed)))
+            for name in os.listdir(folder):
+                pictures = []
+                for place in (folder, committed):
+                    with open(os.path.join(place, name), encoding="utf-8") as file:
+                        pictures.append(file.read())
+                with self.subTest(name):
+                    if pictures[0] != pictures[1]:
+                        self.near(*pictures)
+
+    def test_the_readme_shows_them_all(self):
+        """Every picture is shown, by a path relative to the README and with words in its place."""
+        shown = re.findall(r"^!\[[^\]\n]{20,}\]\((tests/pictures/[\w.]+)\)$", readme(), re.M)
+        self.assertEqual(sorted(shown), sorted("tests/pictures/" + name for name in
+                                               os.listdir(os.path.join(util.TESTS, "pictures"))))
 
 
 class Demo(unittest.TestCase):
