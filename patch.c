@@ -68,9 +68,12 @@
 
 /* ==== 1. Platform ================================================================================
    The only chapter that asks what machine this is. A build without any of it still works: files are
-   then read instead of mapped, the clock is the processor's, and there is one thread. */
+   then read instead of mapped, the clock is the processor's, and there is one thread. PATCH_BARE is
+   for machines that have neither files nor a heap: a model is opened from memory, with an allocator
+   of the caller's (tests/embedded). */
 
-#if !defined(_WIN32) && !defined(PATCH_NO_MMAP) && (defined(__unix__) || defined(__APPLE__))
+#if !defined(_WIN32) && !defined(PATCH_NO_MMAP) && !defined(PATCH_BARE) &&                         \
+    (defined(__unix__) || defined(__APPLE__))
 #define PATCH_MMAP 1
 #define _DEFAULT_SOURCE 1      /* madvise */
 #define _FILE_OFFSET_BITS 64   /* files over 2 GB where long has 32 bits */
@@ -130,9 +133,14 @@ typedef struct Map {
 /* Map the whole of an ordinary file; 0 with errno where the system refuses. Without mmap only the
    size is found out, and map_read does the rest. */
 static int map_open(const char *path, Map *map) {
+    *map = (Map){NULL, 0, 0};
+#ifdef PATCH_BARE
+    (void)path;
+    errno = ENOENT;
+    return 0;
+#else
     FILE *file = fopen(path, "rb");
 
-    *map = (Map){NULL, 0, 0};
     if (file == NULL)
         return 0;
 #ifdef PATCH_MMAP
@@ -155,6 +163,7 @@ static int map_open(const char *path, Map *map) {
     fclose(file);
     errno = saved;
     return map->size > 0;
+#endif
 }
 
 static void map_close(Map *map) {
@@ -181,12 +190,17 @@ static void map_release(const Map *map, const void *bytes, size_t n) {
 /* Copy n bytes from byte `offset` of a file that is not mapped; 0 where that many are not there.
    The file is opened anew each time, so that threads need not share a position. */
 static int map_read(const char *path, size_t offset, size_t n, void *out) {
+#ifdef PATCH_BARE
+    (void)path, (void)offset, (void)n, (void)out;
+    return 0;
+#else
     FILE *file = offset <= (size_t)LONG_MAX ? fopen(path, "rb") : NULL;
     const int ok = file != NULL && fseek(file, (long)offset, SEEK_SET) == 0 &&
                    fread(out, 1, n, file) == n;
     if (file != NULL)
         fclose(file);
     return ok;
+#endif
 }
 
 /* ==== 2. Errors, checked sizes, memory ======================================================== */
@@ -227,11 +241,19 @@ static int size_plus(size_t a, size_t b, size_t *out) {
 
 static void *default_alloc(size_t bytes, void *ctx) {
     (void)ctx;
+#ifdef PATCH_BARE /* then malloc is not even linked */
+    return (void)bytes, NULL;
+#else
     return malloc(bytes);
+#endif
 }
 static void default_free(void *memory, void *ctx) {
     (void)ctx;
+#ifdef PATCH_BARE
+    (void)memory;
+#else
     free(memory);
+#endif
 }
 
 /* n elements of `size` bytes, not zeroed, never NULL for 0 bytes; NULL where the product overflows
