@@ -1341,6 +1341,15 @@ static patch_status work_begin(Work *w, const Model *m, Pool *pool, patch_stats 
                ? PATCH_OK : no_memory(e, "scratch", pool->refused);
 }
 
+/* Give the scratch back before its pool ends. */
+static void work_end(const Work *w) {
+    pool_give(w->pool, w->panels);
+    pool_give(w->pool, w->scale);
+    pool_give(w->pool, w->shift);
+    pool_give(w->pool, w->center);
+    pool_give(w->pool, w->bias);
+}
+
 /* Threads for so many multiply-adds: few are not worth waking others for. */
 static int team(const Model *m, double work) {
     return work < 2e5 ? 1 : m->threads;
@@ -2805,6 +2814,14 @@ static patch_status pass_begin(Pass *x, const Plan *p, patch_stats *stats, patch
     return ok ? PATCH_OK : no_memory(e, "one pass", p->pool->refused);
 }
 
+/* Give back the largest of what the pass took, the rows and the scratch; the rest waits for the
+   pool's end. */
+static void pass_end(Pass *x) {
+    for (int k = STREAM; k < BESIDE; k++)
+        pool_give(x->p->pool, x->region[k]);
+    work_end(&x->work);
+}
+
 /* One pass over the weights: every layer, every stage, every needed row. */
 static patch_status run_pass(Pass *x, patch_error *e) {
     size_t most[BESIDE] = {0};
@@ -2852,15 +2869,20 @@ static patch_status execute(const Model *m, Pool *pool, const patch_run *runs, s
         return no_memory(e, "plan", pool->refused);
     const double planned = now();
     s = pass_begin(&x, &p, stats, e);
-    if (mode == SIZED || s != PATCH_OK || (s = run_pass(&x, e)) != PATCH_OK || stats == NULL)
+    if (mode != SIZED && s == PATCH_OK)
+        s = run_pass(&x, e);
+    if (s != PATCH_OK)
+        return s;
+    pass_end(&x); /* what is read has been copied; the metric takes scratch of its own */
+    if (mode == SIZED || stats == NULL)
         return s;
     count_rows(&p, stats);
     stats->seconds_plan += planned - started;
     stats->seconds_products += x.seconds_products;
     stats->seconds_attention += x.seconds_attention;
     stats->seconds_rest += now() - planned - x.seconds_products - x.seconds_attention;
-    if ((double)pool->bytes > stats->peak_bytes)
-        stats->peak_bytes = (double)pool->bytes;
+    if ((double)pool->peak > stats->peak_bytes)
+        stats->peak_bytes = (double)pool->peak;
     return s;
 }
 
