@@ -2443,6 +2443,15 @@ static int plan_runs(Plan *p) {
     return 1;
 }
 
+/* Give back what only planning needs: a pass looks at nodes and at read_rows, never at a table. */
+static void forget_tables(Plan *p) {
+    for (int k = 0; k < STAGES; k++) {
+        pool_give(p->pool, p->store[k]);
+        pool_give(p->pool, p->table[k]);
+    }
+    pool_give(p->pool, p->hash);
+}
+
 /* ---- the pass ----
    All is decided; what is left is to compute each stage's rows in slots 0..slots-1 of its buffer:
    first those of the stage's rule, in bulk, from the buffers of the stages that they are made of,
@@ -2868,6 +2877,7 @@ static patch_status execute(const Model *m, Pool *pool, const patch_run *runs, s
     if (!plan_runs(&p))
         return no_memory(e, "plan", pool->refused);
     const double planned = now();
+    forget_tables(&p);
     s = pass_begin(&x, &p, stats, e);
     if (mode != SIZED && s == PATCH_OK)
         s = run_pass(&x, e);
