@@ -939,7 +939,12 @@ static patch_status tokenizer_encode(const Tokenizer *t, const char *text, size_
    Within a tier the compiler fuses multiply and add or it does not, in vector and scalar code alike
    (gcc outside the ISO modes: wherever the tier has FMA): the plain kernel gives the same bits. */
 
-enum { K_BLOCK = 32, LANES = 16, STEP = 48, MAX_TILE_ROWS = 8 }; /* tiles' columns divide STEP */
+enum { K_BLOCK = 32, LANES = 16, MAX_TILE_ROWS = 8 };
+#if defined(PATCH_BARE) && !defined(__x86_64__)
+enum { STEP = 16 }; /* a third of the scratch: 33 kB less for the bundled model */
+#else
+enum { STEP = 48 }; /* the columns of every tier's tile divide it */
+#endif
 
 /* A tile: y [rows,cols] = a [rows,k] . b + bias [cols], with a given as row pointers, b as panels
    [.][k][16], each `panel` floats from the one before it, and y's rows `ldy` floats apart. */
