@@ -3258,7 +3258,8 @@ typedef struct Wanted {
 
 enum { LOGIT_ROWS = 128 }; /* rows whose logits are held at once: 26 MB of GPT-2's */
 
-/* All that a metric of n rows needs, its scratch included. */
+/* All that a metric of n rows needs. Its scratch is taken when the pass has given its own back, which
+   is as large: small memories hold one of them. */
 typedef struct Question {
     Work work;
     patch_metric metric;
@@ -3271,8 +3272,7 @@ typedef struct Question {
     float *powers;       /* [V] */
 } Question;
 
-static patch_status question_begin(Question *q, const Model *m, Pool *pool, patch_stats *stats,
-                                   patch_error *e) {
+static patch_status question_begin(Question *q, const Model *m, Pool *pool, patch_error *e) {
     const size_t V = m->file.V, C = m->file.C, n_rows = q->metric == PATCH_KL ? 2 * q->n : q->n;
     const int columns = q->metric == PATCH_LOGIT_DIFF || q->metric == PATCH_LOGIT;
 
@@ -3283,7 +3283,7 @@ static patch_status question_begin(Question *q, const Model *m, Pool *pool, patc
     q->logits = pool_raw(pool, q->most * V, sizeof *q->logits);
     q->powers = pool_raw(pool, columns ? 0 : V, sizeof *q->powers);
     return q->rows && q->one && q->other && q->logits && q->powers
-               ? work_begin(&q->work, m, pool, stats, e) : no_memory(e, "metric", pool->refused);
+               ? PATCH_OK : no_memory(e, "metric", pool->refused);
 }
 
 /* The logit of the answer, or its difference from the wrong answer's: values [n]. The logit
@@ -3414,7 +3414,7 @@ static patch_status score_runs(const Model *m, Pool *pool, const patch_run *runs
     const size_t n_reads = metric == PATCH_KL ? 2 * n : n;
     Question q = {.metric = metric, .examples = examples, .wanted = wanted, .n = n};
     patch_read *reads = pool_take(pool, n_reads, sizeof *reads);
-    patch_status s = reads ? question_begin(&q, m, pool, stats, e)
+    patch_status s = reads ? question_begin(&q, m, pool, e)
                            : no_memory(e, "results", pool->refused);
 
     for (size_t i = 0; s == PATCH_OK && i < n_reads; i++) {
@@ -3427,6 +3427,8 @@ static patch_status score_runs(const Model *m, Pool *pool, const patch_run *runs
     const double started = now();
     if (s == PATCH_OK && !find_same(pool, wanted, reads, n))
         s = no_memory(e, "results", pool->refused);
+    if (s == PATCH_OK && mode != SIZED)
+        s = work_begin(&q.work, m, pool, stats, e);
     if (s == PATCH_OK && mode != SIZED)
         s = metric == PATCH_LOGIT || metric == PATCH_LOGIT_DIFF
                 ? linear_metric(&q, values, e) : distribution_metric(&q, values, e);
