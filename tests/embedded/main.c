@@ -15,7 +15,7 @@ enum { MOST_TOKENS = 32, MOST_CELLS = 256 };
 /* Blocks lie one behind the other, each led by its size; first fit, and free neighbours become one
    when they are passed. Where nothing fits, NULL: patch_cells then takes fewer cells at a time. */
 #ifndef BUFFER_BYTES
-#define BUFFER_BYTES 225280 /* 220 KB */
+#define BUFFER_BYTES 229376 /* 224 KB */
 #endif
 typedef struct Block {
     uint32_t bytes, used; /* with this head; a multiple of 8 */
