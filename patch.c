@@ -72,11 +72,18 @@
    for machines that have neither files nor a heap: a model is opened from memory, with an allocator
    of the caller's (tests/embedded). */
 
-#if !defined(_WIN32) && !defined(PATCH_NO_MMAP) && !defined(PATCH_BARE) &&                         \
-    (defined(__unix__) || defined(__APPLE__))
+#if !defined(_WIN32) && !defined(PATCH_BARE) && (defined(__unix__) || defined(__APPLE__))
+#define HAS_POSIX 1
+#define _DEFAULT_SOURCE 1    /* madvise, readlink, stat */
+#define _FILE_OFFSET_BITS 64 /* files over 2 GB where long has 32 bits */
+#else
+#define HAS_POSIX 0
+#endif
+#if HAS_POSIX && !defined(PATCH_NO_MMAP)
 #define PATCH_MMAP 1
-#define _DEFAULT_SOURCE 1      /* madvise */
-#define _FILE_OFFSET_BITS 64   /* files over 2 GB where long has 32 bits */
+#endif
+#ifdef PATCH_CORE
+#define PATCH_NO_MAIN 1 /* the program stands on all chapters */
 #endif
 
 #include "patch.h"
@@ -92,10 +99,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#ifdef PATCH_MMAP
-#include <sys/mman.h>
+#if HAS_POSIX
 #include <sys/stat.h>
 #include <unistd.h>
+#endif
+#ifdef PATCH_MMAP
+#include <sys/mman.h>
 #endif
 
 /* PARALLEL(threads, schedule(...)) in front of a loop: OpenMP's pragma where the compiler has it.
@@ -221,8 +230,9 @@ static patch_status fail(patch_error *e, patch_status code, const char *where, c
 
 static patch_status no_memory(patch_error *e, const char *where, size_t bytes) {
     return fail(e, PATCH_E_MEMORY, where,
-                "no memory for %.1f MB; free some, use fewer prompts or set --max-memory",
-                (double)bytes / 1e6);
+                "no memory for %.0f %s; free some, use fewer prompts or set --max-memory",
+                bytes < 10000000 ? (double)bytes : (double)bytes / 1e6,
+                bytes < 10000000 ? "bytes" : "MB");
 }
 
 /* a * b and a + b into *out; 0 where they do not fit a size_t. */
@@ -408,6 +418,8 @@ static uint64_t align_up(uint64_t byte) { /* to the next multiple of 64 */
     return (byte + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
+static const unsigned char GAP[64]; /* what stands between two pieces: up to 63 zeros */
+
 /* zlib's CRC-32 of n more bytes; begin with 0. Four bits at a time: 16 words of table instead of
    1,024, at a third of the speed, for files that are checked once. */
 static const uint32_t crc_table[16] = {
@@ -549,6 +561,8 @@ static patch_status read_front(ModelFile *f, const patch_allocator *a, patch_err
     if ((f->front = p = weights(f, &all, 0, 1, a)) == NULL)
         return fail(e, PATCH_E_IO, f->path, "cannot be read; check the file");
     CHECK(crc32_of(0, p + at, n) == get_u32(p + 80), at, "checksum of the table does not match");
+    CHECK(memcmp(p + at + n, GAP, f->tokenizer_at - at - n) == 0, at + n,
+          "the gap behind the table is not zero");
     CHECK(crc32_of(0, p + f->tokenizer_at, f->tokenizer_bytes) == get_u32(p + 84), f->tokenizer_at,
           "checksum of the tokenizer does not match");
     if ((f->tensors = take_zeroed(a, f->n_tensors, sizeof *f->tensors)) == NULL)
@@ -1656,11 +1670,24 @@ const patch_options *patch_model_options(const patch_model *m) {
     return &m->options;
 }
 
-/* Hold every tensor's bytes against the CRC-32 in the table. */
+/* Hold every tensor's bytes against the CRC-32 in the table, and the gaps before them against zero. */
 patch_status patch_model_verify(const patch_model *m, patch_error *e) {
     const ModelFile *f = &m->file;
+    size_t end = f->tokenizer_at + f->tokenizer_bytes; /* of what is checked so far */
     for (size_t i = 0; i < f->n_tensors; i++) {
         const Tensor *t = &f->tensors[i];
+        const Tensor gap = {.rows = 1, .cols = 1, .bytes = t->offset - end, .offset = end};
+        if (gap.bytes > 0) {
+            const unsigned char *p = weights(f, &gap, 0, 1, &m->allocator);
+            if (p == NULL)
+                return unreadable(m, e);
+            const int bad = memcmp(p, GAP, gap.bytes) != 0;
+            weights_done(f, &gap, 1, p, &m->allocator);
+            if (bad)
+                return fail(e, PATCH_E_FORMAT, f->path, "byte %lu: the gap before %s is not zero; "
+                            "copy or convert the file again", (unsigned long)end, t->name);
+        }
+        end = t->offset + t->bytes;
         const size_t row = t->bytes / t->rows, some = (1 << 20) / row + 1; /* about a megabyte */
         uint32_t crc = 0; /* of the rows before `at` */
         for (size_t at = 0; at < t->rows; at += some) {
@@ -3455,7 +3482,7 @@ enum { STANDARD_LIMIT = 192 << 20 }; /* bytes of plan and rows where max_memory 
 
 static patch_status check_examples(const Model *m, const patch_example *x, size_t n,
                                    patch_metric metric, int both, patch_error *e) {
-    if ((int)metric < 0 || metric > PATCH_RANK)
+    if ((unsigned)metric > PATCH_RANK)
         return fail(e, PATCH_E_USAGE, "metric", "unknown metric %d; see patch_metric", (int)metric);
     for (size_t run = 0; run < n; run++) {
         WITHIN("number of prompts",
@@ -4760,6 +4787,22 @@ static patch_status out_fail(OutFile *o, const char *what, patch_error *e) {
     return PATCH_E_IO;
 }
 
+/* Whether there is nothing of that name or an ordinary file: renaming over a device or a folder would
+   put a file in its place. */
+static int may_replace(const char *path) {
+#if HAS_POSIX
+    struct stat facts;
+
+    if (stat(path, &facts) != 0 || S_ISREG(facts.st_mode))
+        return 1;
+    errno = S_ISDIR(facts.st_mode) ? EISDIR : ENOTSUP;
+    return 0;
+#else
+    (void)path;
+    return 1;
+#endif
+}
+
 /* Begin a file ("-": standard output); after an error there is nothing to drop. */
 static patch_status out_open(OutFile *o, const char *path, patch_error *e) {
     const size_t room = strlen(path) + 16;
@@ -4768,13 +4811,9 @@ static patch_status out_open(OutFile *o, const char *path, patch_error *e) {
         *o = (OutFile){stdout, "standard output", NULL};
         return PATCH_OK;
     }
-#ifdef EISDIR
-    if ((o->f = fopen(path, "r+b")) != NULL) /* changes nothing, but refuses a folder */
-        fclose(o->f);
-    else if (errno == EISDIR)
+    errno = 0;
+    if (!may_replace(path))
         return out_fail(o, "cannot be written", e);
-    o->f = NULL;
-#endif
     if ((o->temporary = take(&HEAP, room, 1)) == NULL)
         return no_memory(e, path, room);
     errno = EEXIST;
@@ -6416,12 +6455,8 @@ static patch_status write_tables(const char *path, const Format *formats, const 
 
 #ifndef PATCH_NO_MAIN
 
-#if defined(__unix__) || defined(__APPLE__)
-#define HAS_POSIX 1
+#if HAS_POSIX
 #include <sys/ioctl.h>
-#include <unistd.h>
-#else
-#define HAS_POSIX 0
 #endif
 
 #if defined(__GNUC__)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Faults one after the other: memory that is refused, files that fail or come short, files cut or altered
-at every place, and programs that are interrupted (tests/faults_driver.c does the first three in one process)."""
+at every place, and programs that are interrupted (tests/faults_driver.c does the first three in one process).
+With FAULTS_DEEP=1 many more of them, under sanitizers: what .ci/run does."""
 
 import os
 import random
@@ -14,6 +15,8 @@ import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import util  # noqa: E402
+
+DEEP = bool(os.environ.get("FAULTS_DEEP"))  # nearly every call in place of every sixth, under sanitizers
 
 # Every command that writes: its outputs, and its words.
 COMMANDS = {
@@ -41,7 +44,7 @@ class Faults(unittest.TestCase):
         cls.binary = os.path.join(cls.scratch.name, "faults")
         cc = os.environ.get("CC") or "cc"
         words = [cc, "-std=gnu99", "-O1", "-g", os.path.join(util.TESTS, "faults_driver.c"), "-o", cls.binary, "-lm"]
-        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if DEEP else ["-O2"]
         if subprocess.run(words[:1] + sanitize + words[1:], stderr=subprocess.DEVNULL).returncode:
             subprocess.check_call(words)
 
@@ -101,14 +104,15 @@ class Faults(unittest.TestCase):
         for command, (outs, words) in sorted(COMMANDS.items()):
             argv = [util.binary()] + words
             started = time.time()
-            subprocess.run(argv, cwd=self.folder, env=env, stderr=subprocess.DEVNULL, check=True)
+            subprocess.run(argv, cwd=self.folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
             seconds, whole = time.time() - started, {}
             for name in outs.split(","):
                 with open(os.path.join(self.folder, name), "rb") as file:
                     whole[name] = file.read()
                 os.remove(os.path.join(self.folder, name))
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL) * 4:
-                child = subprocess.Popen(argv, cwd=self.folder, env=env, stderr=subprocess.DEVNULL)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL) * (8 if DEEP else 1):
+                child = subprocess.Popen(argv, cwd=self.folder, env=env, stdout=subprocess.DEVNULL,
+                                         stderr=subprocess.DEVNULL)
                 time.sleep(choice.uniform(0, 1.1 * seconds))
                 child.send_signal(number)
                 child.wait()
@@ -118,7 +122,7 @@ class Faults(unittest.TestCase):
                         with open(path, "rb") as file:
                             self.assertEqual(file.read(), whole[name], "%s: %s" % (command, name))
                         os.remove(path)
-            subprocess.run(argv, cwd=self.folder, env=env, stderr=subprocess.DEVNULL, check=True)
+            subprocess.run(argv, cwd=self.folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
 
 
 def add(kind, command, doc):
