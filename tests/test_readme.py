@@ -34,8 +34,12 @@ PROMPTS = os.path.join(util.TINY, "ioi.tsv")
 
 
 def readme():
-    with open(os.path.join(util.ROOT, "README.md"), encoding="utf-8") as file:
-        return file.read()
+    """README.md, and behind it tests/tiny/README.md, whose walk through the model is run too."""
+    text = ""
+    for folder in (util.ROOT, util.TINY):
+        with open(os.path.join(folder, "README.md"), encoding="utf-8") as file:
+            text += file.read()
+    return text
 
 
 class Block:
