@@ -6029,7 +6029,7 @@ static const char PAGE_HEAD[] =
     "pre, td { white-space: pre-wrap; overflow-wrap: anywhere; }\n"
     "table { border-collapse: collapse; font-variant-numeric: tabular-nums; }\n"
     "th, td, .tokens > *, .heads svg { border: 1px solid #8886; padding: 0 .5em; }\n"
-    "td { text-align: right; } td:nth-child(4) { text-align: left; }\n"
+    "td { text-align: right; } td:last-child { text-align: left; }\n"
     "button { font: inherit; color: inherit; background: none; border: 0; }\n"
     ".at, [aria-pressed=true] { outline: 2px solid; }\n"
     ".tokens { display: flex; flex-wrap: wrap; gap: 4px; padding: 0; list-style: none; }\n"
@@ -6369,7 +6369,9 @@ static void write_screen(FILE *f, const Table *t, Screen screen) {
             t->metric ? ": " : "", t->metric ? t->metric : "", t->normalized ? ", normalized" : "",
             t->direction ? ", " : "", t->direction ? t->direction : "");
     if (t->has_baseline)
-        fprintf(f, "\nunpatched: clean %.4g, corrupted %.4g", t->clean, t->corrupted);
+        fprintf(f, isnan(t->corrupted) ? "\nunpatched: clean %.4g"
+                                       : "\nunpatched: clean %.4g, corrupted %.4g",
+                t->clean, t->corrupted);
     fputc('\n', f);
     const size_t panel = g.p.size[ROW] * g.p.size[COL];
     for (size_t i = 0; i < n; i += panel) {
@@ -6654,6 +6656,7 @@ static Screen screen_of(const App *app) {
 typedef enum Kind {
     TAKES_NOTHING, /* stores `least` in an int */
     TAKES_TEXT,
+    TAKES_WORDS,   /* parted by commas: repeated, they are joined */
     TAKES_LIST,    /* texts: it may be repeated */
     TAKES_COUNT,   /* least..most, into an int */
     TAKES_BYTES,   /* with K, M or G, into a size_t */
@@ -6690,8 +6693,8 @@ static const char *const WAYS[] = {"zero", "mean", "resample", "noise", NULL}; /
 
 /* In the order of the help. */
 static const Option OPTIONS[] = {
-    VALUE("--sweep", "NAME,...", "p", TAKES_TEXT, sweeps, "what to patch, or `all`"),
-    VALUE("--names", "GLOB,...", "c", TAKES_TEXT, names, "hook points; * matches dots too"),
+    VALUE("--sweep", "NAME,...", "p", TAKES_WORDS, sweeps, "what to patch, or `all`"),
+    VALUE("--names", "GLOB,...", "c", TAKES_WORDS, names, "hook points; * matches dots too"),
     VALUE("--text", "TEXT", "c", TAKES_TEXT, text, "one prompt instead of a file"),
     WORD("--run", "SIDE", "c", side, SIDES, "clean (default) or corrupted prompts"),
     VALUE("--answer", "TEXT", "t", TAKES_LIST, answers, "list this token too; repeatable"),
@@ -6800,6 +6803,11 @@ static void set_option(App *app, const Option *o, const char *value) {
     case TAKES_TEXT:
         *(const char **)field = value;
         break;
+    case TAKES_WORDS:
+        if (*(const char **)field != NULL)
+            value = text_of(app, "%s,%s", *(const char **)field, value);
+        *(const char **)field = value;
+        break;
     case TAKES_LIST:
         list->items[list->n++] = value;
         break;
@@ -6868,8 +6876,12 @@ static void check_usage(App *app) {
         stop(app, PATCH_E_USAGE, c->name, "it makes one file; give one -o FILE");
     for (size_t i = 0; i < app->outputs.n; i++) {
         const char *path = app->outputs.items[i];
-        if (c->formats ? format_of(path, c->formats) == NULL : strcmp(path, "-") == 0)
-            stop(app, PATCH_E_USAGE, path, "unknown file ending; see actpatch %s -h", c->name);
+        char endings[64] = "a name";
+        if (c->formats ? format_of(path, c->formats) != NULL : strcmp(path, "-") != 0)
+            continue;
+        for (const Format *f = c->formats; f != NULL && f->ending != NULL; f++)
+            snprintf(endings + (f == c->formats ? 0 : strlen(endings)), 12, "%s ", f->ending);
+        stop(app, PATCH_E_USAGE, path, "unknown file ending; give one of %s", endings);
     }
 }
 
@@ -7028,7 +7040,7 @@ typedef struct Prompts {
     int column[N_ROLES];     /* -1: not there, or not asked for */
     int has_ids[N_ROLES];    /* the column holds ids */
     patch_example *examples; /* [n] */
-    int warned_space, warned_answer;
+    int warned[3];           /* of what is seldom meant */
 } Prompts;
 
 /* The prompt of one side of an example; NULL where it was not asked for. */
@@ -7109,20 +7121,24 @@ static void warn(const char *where, const char *format, const char *name) {
     print_message("warning: ", &w);
 }
 
-/* Two things that are seldom meant, each told once a file: "shops,  John" has a token more than
-   "shops, John" (GPT-2's 220), and "Mary" is another token than " Mary". The field is not empty. */
+/* What is seldom meant, each told once a file: "shops,  John" has a token more than "shops, John"
+   (GPT-2's 220), so has "to ", and "Mary" is another token than " Mary". The field is not empty. */
 static void warn_spaces(Prompts *p, int role, const Field *field, const char *place) {
-    int *warned = role >= ANSWER ? &p->warned_answer : &p->warned_space, found = 0;
+    static const char *const words[] = {
+        "%s has no leading space; write it as it follows the prompt",
+        "%s has a double space, which is a token more; take it out unless it is meant",
+        "%s ends in a space, which is a token more; take it out unless it is meant"};
+    int found = role >= ANSWER && field->text[0] != ' ' ? 0 : -1;
 
+    if (role < ANSWER && field->text[field->length - 1] == ' ')
+        found = 2;
     for (size_t i = 1; role < ANSWER && i < field->length; i++)
-        found |= memcmp(field->text + i - 1, "  ", 2) == 0;
-    if (*warned || !(role >= ANSWER ? field->text[0] != ' ' : found))
+        if (memcmp(field->text + i - 1, "  ", 2) == 0)
+            found = 1;
+    if (found < 0 || p->warned[found])
         return;
-    *warned = 1;
-    warn(place, role >= ANSWER
-             ? "%s has no leading space; write it as it follows the prompt"
-             : "%s has a double space, which is a token more; take it out unless it is meant",
-         ROLES[role][0]);
+    p->warned[found] = 1;
+    warn(place, words[found], ROLES[role][0]);
 }
 
 /* Prompts that meet have one length: where two differ, say where they part. */
@@ -7169,7 +7185,7 @@ static void prompts_role(App *app, Prompts *p, size_t row, int role, const char 
 static Prompts prompts_read(App *app, unsigned need, unsigned may, int one_length) {
     const int side = need & NEEDS(CLEAN) ? CLEAN : CORRUPTED;
     char place[PLACE_ROOM], first[PLACE_ROOM];
-    Prompts p = {tsv_read(app, app->operands.items[0]), 0, 0, {0}, {0}, NULL, 0, 0};
+    Prompts p = {tsv_read(app, app->operands.items[0]), 0, 0, {0}, {0}, NULL, {0}};
 
     tsv_place(&p.tsv, 0, place);
     for (int role = 0; role < N_ROLES; role++) {
@@ -7578,8 +7594,9 @@ static patch_cell *parse_heads(App *app, const char *list, int letter, const cha
         cells[*n] = (patch_cell){PATCH_Z, (int)(*n / app->H), -1, (int)(*n % app->H), -1};
     while (*n < every && next_word(&list, &word, &length))
         if (!parse_head(app, word, length, letter, &cells[(*n)++]))
-            stop(app, PATCH_E_INPUT, option, "no head %.*s in %d layers of %d; give them as %s",
-                 (int)length, word, (int)app->L, (int)app->H, letter ? "9.6.q,10.0.k" : "9.6,10.0");
+            stop(app, PATCH_E_INPUT, option, "no %s %.*s in %d layers of %d heads; give them as %s",
+                 letter ? "q, k or v" : "head", (int)length, word, (int)app->L, (int)app->H,
+                 letter ? "9.6.q,10.0.k" : "9.6,10.0");
     return cells;
 }
 
@@ -7673,7 +7690,7 @@ static void give_tables(App *app, const Prompts *p, const Table *tables, size_t 
         if (p != NULL && has_ending(path, ".html")) {
             const patch_cell *heads = parse_heads(app, app->heads ? app->heads : "all", 0,
                                                   "--heads", &n_heads);
-            write_page(app, p, heads, n_heads, "Activation patching", tables, n, path);
+            write_page(app, p, heads, n_heads, app->command->summary, tables, n, path);
         } else
             must(app, write_tables(path, app->command->formats, tables, n, &app->e));
     }
@@ -8059,6 +8076,17 @@ static void warn_no_difference(App *app, double clean, double corrupted) {
              "prompts or another metric", text_of(app, "%.9g", clean));
 }
 
+/* n values, with --normalize between the unpatched means: 0 is the run that is patched. */
+static const double *normalized(App *app, const double *values, size_t n, double clean,
+                                double corrupted) {
+    if (!app->normalize)
+        return values;
+    double *v = ROOM(double, n);
+    for (size_t i = 0; i < n; i++)
+        v[i] = (values[i] - (app->noising ? clean : corrupted)) / (clean - corrupted);
+    return v;
+}
+
 static void cmd_path(App *app) {
     const Prompts p = prompts_read(
         app, NEEDS(CLEAN) | NEEDS(CORRUPTED) | metric_needs(app->metric), 0, 1);
@@ -8076,13 +8104,12 @@ static void cmd_path(App *app) {
     const double clean = c.table.clean = mean_of(unpatched, p.n, 2);
     const double corrupted = c.table.corrupted = mean_of(unpatched + 1, p.n, 2);
     warn_no_difference(app, clean, corrupted);
-    for (size_t i = 0; app->normalize && i < p.n * n; i++)
-        values[i] = (values[i] - (app->noising ? clean : corrupted)) / (clean - corrupted);
+    c.table.values = normalized(app, mean_values(app, values, p.n, n),
+                                app->per_prompt ? p.n * n : n, clean, corrupted);
     if (app->per_prompt)
         add_axis(&c.table, "example", p.n, NULL);
     add_axis(&c.table, "layer", app->L, NULL);
     add_axis(&c.table, "head", app->H, labels_of(app, NULL, app->H));
-    c.table.values = mean_values(app, values, p.n, n);
     give_tables(app, &p, &c.table, 1);
 }
 
@@ -8177,6 +8204,7 @@ static void cmd_ablate(App *app) {
     patch_cell *cells;
     size_t n_heads = 0;
     Random *r = ROOM(Random, 1);
+    Text more = {0};
     Common c;
 
     if ((app->site != NULL) == (app->heads != NULL))
@@ -8220,8 +8248,15 @@ static void cmd_ablate(App *app) {
     c.table.has_baseline = 1;
     c.table.clean = mean_of(unpatched, p.n, 1);
     c.table.corrupted = (double)NAN;
-    if (app->keep)
-        c.table.json_more = judge_circuit(app, &p, cells, n_heads, o, c.table.clean);
+    add(app, &more, "\"by\":\"%s\",\n\"seed\":%d,\n\"noise\":%.9g,\n\"keep\":%s,\n\"heads\":[", WAYS[app->by],
+        app->seed, app->noise, app->keep ? "true" : "false");
+    for (size_t i = 0; i < n_heads; i++)
+        add(app, &more, i ? ",\"%d.%d\"" : "\"%d.%d\"", cells[i].layer, cells[i].head);
+    add(app, &more, "]");
+    const char *judged = app->keep ? judge_circuit(app, &p, cells, n_heads, o, c.table.clean) : NULL;
+    if (judged != NULL)
+        add(app, &more, ",\n%s", judged);
+    c.table.json_more = more.bytes;
     for (size_t i = 0; app->normalize && i < p.n * n_sets; i++) /* minus the baseline */
         values[i] -= app->per_prompt ? unpatched[i / n_sets] : c.table.clean;
     add_axes(app, &c.table, &c, p.n, &shape);
@@ -8229,8 +8264,8 @@ static void cmd_ablate(App *app) {
         add_axis(&c.table, "part", 1, NULL);
     c.table.values = mean_values(app, values, p.n, n_sets);
     give_tables(app, &p, &c.table, 1);
-    if (app->keep && app->outputs.n == 0)
-        printf("%s\n", c.table.json_more);
+    if (judged != NULL && app->outputs.n == 0)
+        printf("%s\n", judged);
 }
 
 /* ---- 13.8 Command: trace -------------------------------------------------------------------- */
@@ -8905,16 +8940,14 @@ static void fill_tables(App *app, const Sweeps *s, const Part *p, size_t n, Tabl
         double *v = ROOM(double, rows * n_cells);
         Table *t = &tables[i];
 
-        t->values = v;
         t->has_baseline = 1;
         t->clean = clean;
         t->corrupted = corrupted;
         for (size_t k = 0; k < rows * n_cells; k++) {
             const double *at = p->values + k / n_cells * p->n_cells + slot[k % n_cells];
             v[k] = app->per_prompt ? *at : mean_of(at, n, p->n_cells);
-            if (app->normalize)
-                v[k] = (v[k] - (app->noising ? clean : corrupted)) / (clean - corrupted);
         }
+        t->values = normalized(app, v, rows * n_cells, clean, corrupted);
     }
     warn_no_difference(app, clean, corrupted);
 }
@@ -9092,7 +9125,7 @@ static void cmd_report(App *app) {
     static const char *const sweeps = "block_every,attn_head_out_all_pos";
     const Prompts p = prompts_read(
         app, NEEDS(CLEAN) | NEEDS(CORRUPTED) | NEEDS(ANSWER) | NEEDS(WRONG), 0, 1);
-    Table tables[5 + LENS_TABLES];
+    Table tables[6 + LENS_TABLES];
     size_t n = 0, n_heads;
     double bias;
     Sweeps s = {0};
@@ -9113,9 +9146,10 @@ static void cmd_report(App *app) {
     app->noising = app->normalize = 0;
     common_begin(app, &p, &c);
     lens_tables(app, &p, &c, tables + n, &bias);
-    n += 2; /* accumulated and layers */
+    n += 3; /* accumulated, layers and heads */
     tables[n] = c.table;
     heads_table(app, p.examples[0].clean, p.n_tokens, &tables[n++]);
+    copying_table(app, &p, &tables[n++]);
     const patch_cell *heads = parse_heads(app, "all", 0, "heads", &n_heads);
     write_page(app, &p, heads, n_heads, "Report", tables, n, app->outputs.items[0]);
 }
