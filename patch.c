@@ -6876,12 +6876,12 @@ static void check_usage(App *app) {
         stop(app, PATCH_E_USAGE, c->name, "it makes one file; give one -o FILE");
     for (size_t i = 0; i < app->outputs.n; i++) {
         const char *path = app->outputs.items[i];
-        char endings[64] = "a name";
+        char endings[64] = " a file's name";
         if (c->formats ? format_of(path, c->formats) != NULL : strcmp(path, "-") != 0)
             continue;
         for (const Format *f = c->formats; f != NULL && f->ending != NULL; f++)
-            snprintf(endings + (f == c->formats ? 0 : strlen(endings)), 12, "%s ", f->ending);
-        stop(app, PATCH_E_USAGE, path, "unknown file ending; give one of %s", endings);
+            snprintf(endings + (f == c->formats ? 0 : strlen(endings)), 16, " %s", f->ending);
+        stop(app, PATCH_E_USAGE, path, "unknown file ending; give%s", endings);
     }
 }
 

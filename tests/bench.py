@@ -26,6 +26,7 @@ sys.path.insert(0, HERE)
 import util  # noqa: E402
 
 PROMPTS = os.path.join(util.TINY, "ioi-notebook.tsv")
+FACT = "The capital of France is the city of"
 SWEEPS = ["resid_pre", "block_every", "attn_head_out_all_pos"]
 
 
@@ -220,6 +221,10 @@ def extras(arguments, folder, tool, program, model, folded, reference):
     print("loading alone (tokens): %s" % best([program, "tokens", "-m", model, "a"]))
     if "load" in reference:
         print("TransformerLens, import and load: %.1f s" % reference["load"])
+    fact = util.write_tsv(os.path.join(folder, "fact.tsv"), ["prompt", "subject"], [[FACT, "France"]])
+    print("trace, one fact of 8 tokens, three kinds: %s" % best([program, "trace", fact, "-m", model]), end="")
+    print("; a plain loop over TransformerLens %.0f s" % reference["trace"] if "trace" in reference else "")
+    print("report: %s" % best([program, "report", PROMPTS, "-m", model, "-o", os.path.join(folder, "report.html")]))
     print("processor time with FILE.part beside that without, block_every in 64M: %s" % resume(
         [program, "patch", PROMPTS, "-m", model, "--sweep", "block_every", "--threads", "1", "--max-memory", "64M"],
         folder, 2 * arguments.runs + 1))

@@ -45,6 +45,9 @@ _, cache = model.run_with_cache(clean)
 T = clean.shape[1]
 found = {"load": load, "forward": seconds(lambda i: model(torch.cat([clean, corrupted])), 3)}
 
+fact = torch.tensor([tokenizer("The capital of France is the city of")["input_ids"]]).repeat(11, 1)
+found["trace"] = seconds(lambda i: model(fact), 5) * 3 * 12 * fact.shape[1]  # a run of 11 prompts for each cell
+
 
 def cell(name, setter):
     def run(i):
