@@ -7442,21 +7442,9 @@ static const double *mean_values(App *app, const double *values, size_t B, size_
 
 /* What the tables of a call have in common: one that has everything but name, axes and values. */
 typedef struct Common {
-    char **positions; /* [T] labels */
     Table table;
     char model[65]; /* SHA-256 */
 } Common;
-
-/* Positions are called TOKEN_i, as in TransformerLens's demos. */
-static void common_labels(App *app, Common *c, const char *const *tokens, const size_t *bytes,
-                          size_t T) {
-    c->table.tokens = tokens;
-    c->table.token_bytes = bytes;
-    c->table.n_tokens = T;
-    c->positions = ROOM(char *, T);
-    for (size_t i = 0; i < T; i++)
-        c->positions[i] = text_of(app, "%.*s_%lu", (int)bytes[i], tokens[i], (unsigned long)i);
-}
 
 /* The texts of n tokens; without a tokenizer an id is its own name. */
 static const char **token_texts(App *app, const int *ids, size_t n, size_t **bytes) {
@@ -7497,7 +7485,9 @@ static void common_begin(App *app, const Prompts *p, Common *c) {
     const char **tokens = token_texts(app, p->examples[0].clean, p->n_tokens, &bytes);
 
     memset(c, 0, sizeof *c);
-    common_labels(app, c, tokens, bytes, p->n_tokens);
+    c->table.tokens = tokens;
+    c->table.token_bytes = bytes;
+    c->table.n_tokens = p->n_tokens;
     c->table.command = app->command->name;
     c->table.metric = METRICS[app->metric];
     c->table.direction = app->noising ? "noising" : "denoising";
@@ -7546,16 +7536,13 @@ static char **head_names(App *app, const patch_cell *heads, size_t n) {
 }
 
 /* The axes of a sweep: examples where they are asked for, then layers, positions, heads. */
-static void add_axes(App *app, Table *t, const Common *c, size_t n_examples,
-                     const patch_shape *shape) {
+static void add_axes(App *app, Table *t, size_t n_examples, const patch_shape *shape) {
     if (app->per_prompt)
         add_axis(t, "example", n_examples, NULL);
     for (int k = 0; k < shape->rank; k++) {
         const char *name = shape->axes[k];
         const size_t size = shape->size[k];
-        char **labels = strcmp(name, "head") == 0           ? labels_of(app, NULL, size)
-                        : strstr("pos dest src", name) != NULL ? c->positions
-                                                               : NULL;
+        char **labels = strcmp(name, "head") == 0 ? labels_of(app, NULL, size) : NULL;
         add_axis(t, name, size, labels);
     }
 }
@@ -7884,8 +7871,8 @@ static void cmd_attn(App *app) {
     c.table.values = values;
     add_axis(&c.table, "example", p.n, NULL);
     add_axis(&c.table, "head", n, head_names(app, heads, n));
-    add_axis(&c.table, "dest", T, c.positions);
-    add_axis(&c.table, "src", T, c.positions);
+    add_axis(&c.table, "dest", T, NULL);
+    add_axis(&c.table, "src", T, NULL);
     give_tables(app, &p, &c.table, 1);
 }
 
@@ -8259,7 +8246,7 @@ static void cmd_ablate(App *app) {
     c.table.json_more = more.bytes;
     for (size_t i = 0; app->normalize && i < p.n * n_sets; i++) /* minus the baseline */
         values[i] -= app->per_prompt ? unpatched[i / n_sets] : c.table.clean;
-    add_axes(app, &c.table, &c, p.n, &shape);
+    add_axes(app, &c.table, p.n, &shape);
     if (app->site == NULL)
         add_axis(&c.table, "part", 1, NULL);
     c.table.values = mean_values(app, values, p.n, n_sets);
@@ -8658,7 +8645,7 @@ static Table *sweep_tables(App *app, const Sweeps *s, const Common *c, size_t n)
 
         *t = c->table;
         t->name = s->name[i];
-        add_axes(app, t, c, n, &s->shape[i]);
+        add_axes(app, t, n, &s->shape[i]);
         for (Axis *axis = t->axis; axis < t->axis + t->rank; axis++) {
             if (strcmp(axis->name, "kind") != 0)
                 continue;
@@ -9066,7 +9053,9 @@ static size_t merge_begin(App *app, const char *head, const char *path, Sweeps *
         hex += digits + (hex[digits] == ' ');
     }
     memset(c, 0, sizeof *c);
-    common_labels(app, c, tokens, bytes, T);
+    c->table.tokens = tokens;
+    c->table.token_bytes = bytes;
+    c->table.n_tokens = T;
     c->table.command = "patch";
     for (size_t i = 0; METRICS[i] != NULL; i++)
         if (strcmp(METRICS[i], metric) == 0)
