@@ -454,7 +454,8 @@ static const Tensor *unembedding(const ModelFile *f) { /* [V,C]: one row a token
     return f->untied ? tail_tensor(f, 2) : &f->tensors[0]; /* lm_head or wte */
 }
 
-/* Tensor number i of a file with these sizes, as far as they say: of types f16 is not thought of. */
+/* Tensor number i of a file with these sizes, as far as they say: of types f16 is not thought of.
+   */
 static Tensor expected_tensor(const ModelFile *f, size_t i) {
     static const char letters[] = "VNMC3-";
     const size_t sizes[] = {f->V, f->N, f->M, f->C, 3 * f->C, 1}; /* by their letter */
@@ -543,8 +544,8 @@ static void weights_done(const ModelFile *f, const Tensor *t, size_t n, const un
         map_release(&f->map, bytes, n * (t->bytes / t->rows));
 }
 
-/* Everything but the tensors, of a file whose map and path are set: f->front are its checked first bytes,
-   which are read as if they were a tensor: the head alone, then all of them. */
+/* Everything but the tensors, of a file whose map and path are set: f->front are its checked first
+   bytes, which are read as if they were a tensor: the head alone, then all of them. */
 static patch_status read_front(ModelFile *f, const patch_allocator *a, patch_error *e) {
     Tensor all = {.rank = 1, .rows = 1, .cols = 1, .bytes = HEAD_BYTES};
     size_t at = HEAD_BYTES;
@@ -1670,7 +1671,8 @@ const patch_options *patch_model_options(const patch_model *m) {
     return &m->options;
 }
 
-/* Hold every tensor's bytes against the CRC-32 in the table, and the gaps before them against zero. */
+/* Hold every tensor's bytes against the CRC-32 in the table, and the gaps before them against zero.
+   */
 patch_status patch_model_verify(const patch_model *m, patch_error *e) {
     const ModelFile *f = &m->file;
     size_t end = f->tokenizer_at + f->tokenizer_bytes; /* of what is checked so far */
@@ -3285,8 +3287,8 @@ typedef struct Wanted {
 
 enum { LOGIT_ROWS = 128 }; /* rows whose logits are held at once: 26 MB of GPT-2's */
 
-/* All that a metric of n rows needs. Its scratch is taken when the pass has given its own back, which
-   is as large: small memories hold one of them. */
+/* All that a metric of n rows needs. Its scratch is taken when the pass has given its own back,
+   which is as large: small memories hold one of them. */
 typedef struct Question {
     Work work;
     patch_metric metric;
@@ -4787,8 +4789,8 @@ static patch_status out_fail(OutFile *o, const char *what, patch_error *e) {
     return PATCH_E_IO;
 }
 
-/* Whether there is nothing of that name or an ordinary file: renaming over a device or a folder would
-   put a file in its place. */
+/* Whether there is nothing of that name or an ordinary file: renaming over a device or a folder
+   would put a file in its place. */
 static int may_replace(const char *path) {
 #if HAS_POSIX
     struct stat facts;
@@ -6664,9 +6666,9 @@ typedef enum Kind {
     TAKES_WORD     /* one of `words`: its index, into an int */
 } Kind;
 
-/* A command has an option if they share a letter; "": every command. M loads a model, T reads texts,
-   O writes files, E measures, S patches, C shows colours, B has a value for each example, R is
-   random; the small letters are of one command each. */
+/* A command has an option if they share a letter; "": every command. M loads a model, T reads
+   texts, O writes files, E measures, S patches, C shows colours, B has a value for each example, R
+   is random; the small letters are of one command each. */
 typedef struct Option {
     const char *name, *value;
     const char *groups;
@@ -6819,11 +6821,13 @@ static void set_option(App *app, const Option *o, const char *value) {
         break;
     case TAKES_BYTES:
         if (!parse_size(value, 1, field) || *(size_t *)field == 0)
-            stop(app, PATCH_E_USAGE, o->name, "%.60s is no number of bytes; give one, as 64M", value);
+            stop(app, PATCH_E_USAGE, o->name, "%.60s is no number of bytes; give one, as 64M",
+                 value);
         break;
     case TAKES_NUMBER:
         *(double *)field = strtod(value, &end);
-        if (*value == '\0' || *end != '\0' || !(*(double *)field > 0) || !isfinite(*(double *)field))
+        if (*value == '\0' || *end != '\0' || !(*(double *)field > 0) ||
+            !isfinite(*(double *)field))
             stop(app, PATCH_E_USAGE, o->name, "%.60s is no number above 0; give one", value);
         break;
     case TAKES_WORD:
@@ -6866,7 +6870,8 @@ static void check_usage(App *app) {
     const Option *o = c->needs != NULL ? find_option(c->needs, strlen(c->needs)) : NULL;
 
     if (app->operands.n < c->least)
-        stop(app, PATCH_E_USAGE, c->name, "%s is missing; see actpatch %s -h", c->operands, c->name);
+        stop(app, PATCH_E_USAGE, c->name, "%s is missing; see actpatch %s -h", c->operands,
+             c->name);
     if (app->operands.n > c->most)
         stop(app, PATCH_E_USAGE, c->name, "%.60s is a word too many; put a text in quotes",
              app->operands.items[c->most]);
@@ -7180,8 +7185,8 @@ static void prompts_role(App *app, Prompts *p, size_t row, int role, const char 
     x->n_tokens = (int)n;
 }
 
-/* Read the file that the first operand names. `need` and `may` are sets of roles, which must and may
-   be there. one_length: all examples must have it. */
+/* Read the file that the first operand names. `need` and `may` are sets of roles, which must and
+   may be there. one_length: all examples must have it. */
 static Prompts prompts_read(App *app, unsigned need, unsigned may, int one_length) {
     const int side = need & NEEDS(CLEAN) ? CLEAN : CORRUPTED;
     char place[PLACE_ROOM], first[PLACE_ROOM];
@@ -7197,8 +7202,10 @@ static Prompts prompts_read(App *app, unsigned need, unsigned may, int one_lengt
         p.has_ids[role] = ids >= 0;
         p.column[role] = (need | may) & NEEDS(role) ? (ids >= 0 ? ids : text) : -1;
         if ((need & NEEDS(role)) && p.column[role] < 0)
-            stop(app, PATCH_E_INPUT, place, "no column %s; the first line names the columns, parted "
-                 "by tabs", ROLES[role][0]);
+            stop(app, PATCH_E_INPUT, place,
+                 "no column %s; the first line names the columns, parted "
+                 "by tabs",
+                 ROLES[role][0]);
     }
     p.n = p.tsv.n_rows;
     p.examples = ROOM(patch_example, p.n);
@@ -7733,7 +7740,8 @@ static const Format DIFF_FORMATS[] = {{".npy", write_npy, NULL, 0},
                                       {NULL, NULL, NULL, 0}};
 
 static void cmd_diff(App *app) {
-    const Prompts p = prompts_read(app, NEEDS(CLEAN) | metric_needs(app->metric), NEEDS(CORRUPTED), 0);
+    const Prompts p =
+        prompts_read(app, NEEDS(CLEAN) | metric_needs(app->metric), NEEDS(CORRUPTED), 0);
     double *values = ROOM(double, 2 * p.n);
     const size_t columns = p.column[CORRUPTED] >= 0 ? 2 : 1;
     Table t = {0};
@@ -7813,7 +7821,8 @@ static void write_cache(App *app, const int *tokens, size_t B, size_t T, const p
 
 static const Format CACHE_FORMATS[] = {{".safetensors", NULL, NULL, 0}, {NULL, NULL, NULL, 0}};
 
-/* FINAL_ROWS is cached in any case; the sizes with and without it tell whether the globs name it. */
+/* FINAL_ROWS is cached in any case; the sizes with and without it tell whether the globs name it.
+   */
 static void cmd_cache(App *app) {
     const char **globs = ROOM(const char *, strlen(app->names) + 2), *list = app->names, *word;
     size_t n = 0, length, asked = 0, needed = 0, B = 1, T = 0;
@@ -7841,7 +7850,8 @@ static void cmd_cache(App *app) {
     if (needed > 1000000000 || is_terminal(2))
         fprintf(stderr, "actpatch: cache: %.1f MB of memory for activations, %.1f MB of file\n",
                 (double)needed / 1e6,
-                ((double)asked + 4.0 * (double)(B * T) * patch_model_dims(app->model)->d_vocab) / 1e6);
+                ((double)asked + 4.0 * (double)(B * T) * patch_model_dims(app->model)->d_vocab) /
+                    1e6);
     must(app, patch_run_with_cache(app->model, tokens, B, T, globs, n, NULL, &cache, &app->e));
     write_cache(app, tokens, B, T, cache, asked == needed);
     patch_cache_free(cache);
@@ -7921,7 +7931,8 @@ static void json_rows(App *app, Text *t, const char *key, const double *values) 
     add(app, t, "]]");
 }
 
-/* Copying scores of the names that the file's answers are, each once: a table [2, L, H] and JSON. */
+/* Copying scores of the names that the file's answers are, each once: a table [2, L, H] and JSON.
+   */
 static void copying_table(App *app, const Prompts *p, Table *t) {
     static const char *const signs[] = {"positive", "negative"};
     const size_t n_heads = app->L * app->H;
@@ -8007,7 +8018,8 @@ static char *lens_label(App *app, int which, size_t i, size_t n) {
 }
 
 /* Fill all four; returns the mean logit difference and, in *bias, what of it is b_U's. */
-static double lens_tables(App *app, const Prompts *p, const Common *c, Table *tables, double *bias) {
+static double lens_tables(App *app, const Prompts *p, const Common *c, Table *tables,
+                          double *bias) {
     static const char *const names[LENS_TABLES] = {"accumulated", "layers", "heads", "lens"};
     const size_t L = app->L, sizes[] = {2 * L + 1, 2 * L + 2, L * app->H + 1, 2 * L + 1};
     double *values[LENS_TABLES], *logit_diff = ROOM(double, p->n), *biases = ROOM(double, p->n);
@@ -8235,12 +8247,13 @@ static void cmd_ablate(App *app) {
     c.table.has_baseline = 1;
     c.table.clean = mean_of(unpatched, p.n, 1);
     c.table.corrupted = (double)NAN;
-    add(app, &more, "\"by\":\"%s\",\n\"seed\":%d,\n\"noise\":%.9g,\n\"keep\":%s,\n\"heads\":[", WAYS[app->by],
-        app->seed, app->noise, app->keep ? "true" : "false");
+    add(app, &more, "\"by\":\"%s\",\n\"seed\":%d,\n\"noise\":%.9g,\n\"keep\":%s,\n\"heads\":[",
+        WAYS[app->by], app->seed, app->noise, app->keep ? "true" : "false");
     for (size_t i = 0; i < n_heads; i++)
         add(app, &more, i ? ",\"%d.%d\"" : "\"%d.%d\"", cells[i].layer, cells[i].head);
     add(app, &more, "]");
-    const char *judged = app->keep ? judge_circuit(app, &p, cells, n_heads, o, c.table.clean) : NULL;
+    const char *judged =
+        app->keep ? judge_circuit(app, &p, cells, n_heads, o, c.table.clean) : NULL;
     if (judged != NULL)
         add(app, &more, ",\n%s", judged);
     c.table.json_more = more.bytes;
@@ -8279,8 +8292,8 @@ typedef struct Facts {
 
 /* The tokens that the subject's first match in the text lies in: where tokens begin and end in
    bytes tells it. */
-static void find_subject(App *app, const Field *prompt, const Field *subject, patch_fact *f, int bos,
-                         const char *place) {
+static void find_subject(App *app, const Field *prompt, const Field *subject, patch_fact *f,
+                         int bos, const char *place) {
     size_t at = 0, end = 0, length;
 
     while (at + subject->length <= prompt->length &&
@@ -8465,7 +8478,8 @@ static void write_trace(App *app, const Facts *facts, const Table *averages, con
 /* A fact's table [kind, pos, layer], or (t == NULL) the averages' [kind, group, layer]. */
 static Table trace_table(App *app, const Facts *f, const TracedFact *t) {
     const size_t L = app->L, rows = t ? (size_t)t->fact.n_tokens : TRACE_GROUPS;
-    double *values = ROOM(double, TRACE_KINDS * rows * L), *band = ROOM(double, TRACE_KINDS * rows * L);
+    double *values = ROOM(double, TRACE_KINDS * rows * L),
+           *band = ROOM(double, TRACE_KINDS * rows * L);
     const char *words[TRACE_KINDS];
     size_t n = 0, length;
     Table table = {0};
@@ -8535,7 +8549,8 @@ static void cmd_trace(App *app) {
         if (t->skipped)
             continue;
         t->cells = ROOM(double, TRACE_KINDS * (size_t)t->fact.n_tokens * app->L);
-        must(app, patch_trace(app->model, &t->fact, &o, &t->high, &t->low, t->cells, NULL, &app->e));
+        must(app,
+             patch_trace(app->model, &t->fact, &o, &t->high, &t->low, t->cells, NULL, &app->e));
         last = t;
         if (is_terminal(2) && f.n > 1)
             fprintf(stderr, i + 1 < f.n ? "\r%lu of %lu facts\x1b[K" : "\r\x1b[K",
@@ -8584,7 +8599,8 @@ static void choose_sweeps(App *app, const char *list, Sweeps *s) {
         int found = 0;
         for (size_t i = 0; (known = patch_sweep_name(i)) != NULL; i++) {
             size_t k = 0;
-            if (all ? strcmp(known, "attn_head_pattern_dest_src_pos") == 0 : !is_word(known, word, n))
+            if (all ? strcmp(known, "attn_head_pattern_dest_src_pos") == 0
+                    : !is_word(known, word, n))
                 continue;
             while (k < s->n && s->name[k] != known)
                 k++;
@@ -8720,7 +8736,8 @@ static size_t part_record(Part *p, const unsigned char *r, size_t left) {
         p->values[first + i] = bits_double(get_u64(r + 16 + 8 * i));
     memset(p->have + first, 1, (size_t)n);
     for (size_t i = 0; i < 2 * examples; i++)
-        p->unpatched[first / p->n_cells * 2 + i] = bits_double(get_u64(r + 16 + 8 * ((size_t)n + i)));
+        p->unpatched[first / p->n_cells * 2 + i] =
+            bits_double(get_u64(r + 16 + 8 * ((size_t)n + i)));
     return length;
 }
 
@@ -8860,7 +8877,8 @@ static void part_head(App *app, Part *part, const Common *c, const Prompts *p) {
         (unsigned long)p->n_tokens);
     for (size_t i = 0; i < p->n_tokens; i++) /* any bytes: in hexadecimal */
         for (size_t k = 0; k <= c->table.token_bytes[i]; k++)
-            add(app, &t, k ? "%02x" : " ", (unsigned)(unsigned char)c->table.tokens[i][k ? k - 1 : 0]);
+            add(app, &t, k ? "%02x" : " ",
+                (unsigned)(unsigned char)c->table.tokens[i][k ? k - 1 : 0]);
     add(app, &t, "\ntokens: %s\n\n", c->table.json_tokens);
     snprintf(length, sizeof length, "%010lu", (unsigned long)t.length);
     memcpy(t.bytes + PART_LENGTH, length, 10);
@@ -9289,7 +9307,8 @@ static void run_command(App *app, int argc, char **argv) {
         command_help(app->command);
         return;
     }
-    for (size_t i = 0; i < app->outputs.n; i++) { /* a folder that refuses does so before the work */
+    for (size_t i = 0; i < app->outputs.n;
+         i++) { /* a folder that refuses does so before the work */
         must(app, out_open(&app->out, app->outputs.items[i], &app->e));
         out_drop(&app->out);
     }
