@@ -1065,7 +1065,7 @@ ALWAYS_INLINE void activate_body(uint32_t act_fn, float *x, size_t n) {
             x[i] = (float)(0.5 * (double)x[i] * (1.0 + erf((double)x[i] * 0.70710678118654752440)));
     } else {
         for (size_t i = 0; i < n; i++)
-            x[i] = x[i] > 0.0f ? x[i] : x[i] * 0.0f; /* NaN stays NaN */
+            x[i] = x[i] < 0.0f ? 0.0f : x[i]; /* NaN stays NaN */
     }
 }
 
@@ -4138,12 +4138,13 @@ static void trace_bases(const Family *f, size_t example, int base, patch_run *ru
 static void trace_item(const Family *f, size_t example, size_t item, int base, int at,
                        patch_run *run, patch_edit *edits) {
     const Trace *t = f->ctx;
-    const int L = t->m->dims.n_layers, S = t->o->samples, severed = t->o->severed;
-    const int layer = (int)item / S % L, pos = (int)item / S / L;
+    const int L = t->m->dims.n_layers, severed = t->o->severed;
+    const size_t S = (size_t)t->o->samples, cell = item / S; /* [T, L] */
+    const int layer = (int)(cell % t->m->file.L), pos = (int)(cell / t->m->file.L);
     const int half = t->o->window / 2, rest = t->o->window - half; /* before, and from */
     const int first = severed || layer < half ? 0 : layer - half;
     const int end = severed || layer + rest > L ? L : layer + rest;
-    const int corrupted = base + 1 + (int)item % S; /* its run */
+    const int corrupted = base + 1 + (int)(item % S); /* its run */
     const patch_hook hook = t->kind == PATCH_TRACE_MLP ? PATCH_MLP_OUT : PATCH_ATTN_OUT;
     int n = run[corrupted - at].n_edits;
     (void)example;
@@ -4358,7 +4359,7 @@ static patch_status ablation_values(const Ablation *a, const patch_example *x, s
     random_seed(&r, o->seed);
     for (size_t i = 0; s == PATCH_OK && i < all; i++) {
         const double *moment = moments + 2 * (i / size % L), mean = moment[0] / N;
-        const double deviation = sqrt(moment[1] / N - mean * mean);
+        const double deviation = sqrt(fmax(moment[1] / N - mean * mean, 0)); /* below 0: rounding */
         a->values[i] = (float)(o->by == PATCH_BY_MEAN ? sum[i] / count[i / (L * size)]
                                                       : o->noise * deviation * random_gauss(&r));
     }
@@ -4384,6 +4385,7 @@ static patch_status check_ablation(const Model *m, const patch_example *x, size_
                             cells[i].src, x[0].n_tokens, e);
     if (s != PATCH_OK)
         return s;
+    WITHIN("way of ablation", o->by, PATCH_BY_ZERO, PATCH_BY_NOISE);
     WITHIN("number of groups", o->n_groups, 1, INT_MAX / 4);
     WITHIN("number of positions", o->n_positions, 0, o->positions ? INT_MAX / 4 : 0);
     for (run = 0; run < n; run++) {
@@ -4621,7 +4623,7 @@ patch_status patch_head_kinds(const patch_model *m, const int *tokens, int n_tok
         return pool_end(&pool, no_memory(e, "heads", pool.refused));
     for (size_t l = 0; l < L; l++)
         reads[l] = (patch_read){PATCH_PATTERN, (int)l, 0, -1, patterns + l * H * T * T, 0};
-    const patch_status s = execute(m, &pool, &run, 1, reads, L, 1, NULL, e);
+    const patch_status s = execute(m, &pool, &run, 1, reads, L, SHARED, NULL, e);
     for (size_t i = 0; s == PATCH_OK && i < 3 * L * H; i++) { /* [3,L,H] */
         const float *p = patterns + i % (L * H) * T * T;
         double hit = 0, all = 0;
@@ -4653,7 +4655,7 @@ static patch_status extended_embeddings(const Model *m, Pool *pool, const int *n
         runs[i] = (patch_run){&names[i], 1, edits, 2};
         reads[i] = (patch_read){PATCH_RESID_POST, 0, (int)i, 0, x + i * m->file.C, 0};
     }
-    return execute(m, pool, runs, n, reads, n, 1, NULL, e);
+    return execute(m, pool, runs, n, reads, n, SHARED, NULL, e);
 }
 
 /* What the heads of a layer make of x [n,C]: out [H,n,C] = LN_final(x . W_V . W_O), without LN1 and
@@ -4962,8 +4964,9 @@ static patch_status flat_tensors(FlatFile *w, const Work *work, double *value_bi
     return ok ? PATCH_OK : unreadable(m, e);
 }
 
-/* Head and table, over the zeros at the file's beginning; chapter 3 has the bytes' meaning. */
-static void flat_head(FlatFile *w, size_t tokenizer_at, uint32_t tokenizer_crc) {
+/* Head and table, over the zeros at the file's beginning, which a pipe does not lead back to: 0.
+   Chapter 3 has the bytes' meaning. */
+static int flat_head(FlatFile *w, size_t tokenizer_at, uint32_t tokenizer_crc) {
     const ModelFile *f = &w->file;
     const uint64_t words[] = {1, f->L, f->H, f->C, f->M, f->N, f->V, f->act_fn};
     unsigned char head[HEAD_BYTES] = "ACTPATCH";
@@ -4981,10 +4984,11 @@ static void flat_head(FlatFile *w, size_t tokenizer_at, uint32_t tokenizer_crc) 
     set_little(head + 84, tokenizer_crc, 4);
     set_little(head + 88, f->processing, 4);
     set_little(head + 124, crc32_of(0, head, 124), 4);
-    if (fseek(w->f, 0, SEEK_SET) == 0) {
-        fwrite(head, 1, sizeof head, w->f);
-        fwrite(w->table, TABLE_ROW, f->n_tensors, w->f);
-    }
+    if (fseek(w->f, 0, SEEK_SET) != 0)
+        return 0;
+    fwrite(head, 1, sizeof head, w->f);
+    fwrite(w->table, TABLE_ROW, f->n_tensors, w->f);
+    return 1;
 }
 
 patch_status patch_model_fold(const patch_model *m, const char *path, patch_error *e) {
@@ -5010,11 +5014,12 @@ patch_status patch_model_fold(const patch_model *m, const char *path, patch_erro
     flat_zeros(&w, start);
     if (w.file.tokenizer_bytes > 0)
         flat_write(&w, tokenizer, w.file.tokenizer_bytes);
-    if ((s = flat_tensors(&w, &work, value_bias, panels, e)) == PATCH_OK) {
-        flat_head(&w, start, crc32_of(0, tokenizer, w.file.tokenizer_bytes));
-        s = out_close(&out, e);
-    } else
+    if ((s = flat_tensors(&w, &work, value_bias, panels, e)) != PATCH_OK)
         out_drop(&out);
+    else if (flat_head(&w, start, crc32_of(0, tokenizer, w.file.tokenizer_bytes)))
+        s = out_close(&out, e);
+    else
+        s = out_fail(&out, "could not be written whole", e);
     return pool_end(&pool, s);
 }
 
@@ -7580,13 +7585,14 @@ static int parse_head(const App *app, const char *text, size_t n, int letter, pa
 static patch_cell *parse_heads(App *app, const char *list, int letter, const char *option,
                                size_t *n) {
     const size_t every = app->L * app->H;
+    const int all = strcmp(list, "all") == 0;
     patch_cell *cells = ROOM(patch_cell, strlen(list) + every);
     const char *word;
     size_t length;
 
-    for (*n = 0; strcmp(list, "all") == 0 && *n < every; (*n)++)
+    for (*n = 0; all && *n < every; (*n)++)
         cells[*n] = (patch_cell){PATCH_Z, (int)(*n / app->H), -1, (int)(*n % app->H), -1};
-    while (*n < every && next_word(&list, &word, &length))
+    while (!all && next_word(&list, &word, &length))
         if (!parse_head(app, word, length, letter, &cells[(*n)++]))
             stop(app, PATCH_E_INPUT, option, "no %s %.*s in %d layers of %d heads; give them as %s",
                  letter ? "q, k or v" : "head", (int)length, word, (int)app->L, (int)app->H,

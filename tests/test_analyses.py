@@ -747,9 +747,11 @@ class Path(Case):
 
     def test_receivers_that_do_not_exist(self):
         """A receiver that the model does not have is status 1, and named; one that is no receiver is 2."""
+        many = ",".join("%d.%d.q" % (i // 3, i % 3) for i in range(9))  # as many as the model has heads
         for to in ("3.0.q", "2.3.k", "99.0.v"):
-            self.fails(prompts("odd"), "-m", flat_file("odd"), "--to", "1.0.q," + to, "-o", at("q.npy"), says=[
-                to.rsplit(".", 1)[0]])
+            for before in ("1.0.q,", many + ","):
+                self.fails(prompts("odd"), "-m", flat_file("odd"), "--to", before + to, "-o", at("q.npy"), says=[
+                    to.rsplit(".", 1)[0]])
         for to in ("1.0.x", "1.0", "q", ""):
             self.fails(prompts("odd"), "-m", flat_file("odd"), "--to", to, "-o", at("q.npy"), status=(1, 2))
 
