@@ -108,7 +108,7 @@
 #endif
 
 /* PARALLEL(threads, schedule(...)) in front of a loop: OpenMP's pragma where the compiler has it.
-   now() counts seconds: of the wall clock with OpenMP, of one thread's processor without. */
+   now() counts seconds: of the wall clock with OpenMP, of the processor without. */
 #ifdef _OPENMP
 #include <omp.h>
 #define OMP_TEXT(...) _Pragma(#__VA_ARGS__)
@@ -265,6 +265,7 @@ static void default_free(void *memory, void *ctx) {
     free(memory);
 #endif
 }
+static const patch_allocator HEAP = {default_alloc, default_free, NULL};
 
 /* n elements of `size` bytes, not zeroed, never NULL for 0 bytes; NULL where the product overflows
    or the allocator gives nothing. give() accepts NULL. */
@@ -380,8 +381,8 @@ static const char *const folded_rows[] = {
     "C- ln_1.weight", "C- ln_1.bias", "CC attn.W_Q", "C- attn.b_Q", "CC attn.W_K", "C- attn.b_K",
     "CC attn.W_V", "C- attn.b_V", "CC attn.W_O", "C- attn.b_O", "C- ln_2.weight", "C- ln_2.bias",
     "CM mlp.W_in", "M- mlp.b_in", "MC mlp.W_out", "C- mlp.b_out"};
-enum { /* positions in these; a bias stands behind its weights */
-    RAW_LN1_W, RAW_QKV = 2, RAW_O = 4, RAW_LN2_W = 6, RAW_IN = 8, RAW_OUT = 10, RAW_PER_LAYER = 12,
+enum { /* positions in these, ln_1's is 0; a bias stands behind its weights */
+    RAW_QKV = 2, RAW_O = 4, RAW_LN2_W = 6, RAW_IN = 8, RAW_OUT = 10, RAW_PER_LAYER = 12,
     FOLD_Q = 2, FOLD_K = 4, FOLD_V = 6, FOLD_O = 8, FOLD_LN2_W = 10, FOLD_IN = 12, FOLD_OUT = 14,
     FOLD_PER_LAYER = 16};
 enum { /* bits of `processing` */
@@ -446,6 +447,10 @@ static float half_to_float(uint32_t half) {
 /* Tensor `which` (RAW_... or FOLD_...) of a layer. */
 static const Tensor *layer_tensor(const ModelFile *f, size_t layer, size_t which) {
     return &f->tensors[2 + layer * f->per_layer + which]; /* 2: wte and wpe */
+}
+static const Tensor *norm_tensor(const ModelFile *f, size_t layer, int second) { /* ln_1's, ln_2's */
+    const size_t ln2 = f->processing ? (size_t)FOLD_LN2_W : (size_t)RAW_LN2_W;
+    return layer_tensor(f, layer, second ? ln2 : 0);
 }
 static const Tensor *tail_tensor(const ModelFile *f, size_t which) { /* 0, 1: ln_f's */
     return layer_tensor(f, f->L, which);
@@ -623,6 +628,11 @@ static int weights_row(const ModelFile *f, const Tensor *t, size_t row, float *o
     if (f->map.bytes == NULL) /* a copy goes; mapped pages stay, for the next row */
         weights_done(f, t, n_rows, p, a);
     return p != NULL;
+}
+
+/* Weight and bias of a LayerNorm, whose tensors are t and the next one, into out [2,C]. */
+static int norm_rows(const ModelFile *f, const Tensor *t, float *out, const patch_allocator *a) {
+    return weights_row(f, t, 0, out, a) && weights_row(f, t + 1, 0, out + f->C, a);
 }
 
 /* ==== 4. Tokenizer ===============================================================================
@@ -1343,7 +1353,7 @@ typedef struct Work {
     const Model *m;
     Pool *pool;             /* the call's memory */
     patch_stats *stats;     /* NULL: not wanted */
-    float *panels, *scale;  /* [threads, 3, max_k, 16] and [2, max_k] */
+    float *panels, *norm;   /* [threads, 3, max_k, 16]; a LayerNorm's weight and bias: [2, max_k] */
     double *shift, *center; /* [max_k] each */
     double *bias;           /* [the most columns of a Linear] */
 } Work;
@@ -1353,18 +1363,18 @@ static patch_status work_begin(Work *w, const Model *m, Pool *pool, patch_stats 
     const size_t chunk = m->file.V < VOCAB_CHUNK ? m->file.V : VOCAB_CHUNK;
     *w = (Work){.m = m, .pool = pool, .stats = stats,
                 .panels = pool_take(pool, (size_t)m->threads * m->max_k * STEP, sizeof(float)),
-                .scale = pool_take(pool, 2 * m->max_k, sizeof(float)),
+                .norm = pool_take(pool, 2 * m->max_k, sizeof(float)),
                 .shift = pool_take(pool, m->max_k, sizeof(double)),
                 .center = pool_take(pool, m->max_k, sizeof(double)),
                 .bias = pool_take(pool, m->max_k > chunk ? m->max_k : chunk, sizeof(double))};
-    return w->panels && w->scale && w->shift && w->center && w->bias
+    return w->panels && w->norm && w->shift && w->center && w->bias
                ? PATCH_OK : no_memory(e, "scratch", pool->refused);
 }
 
 /* Give the scratch back before its pool ends. */
 static void work_end(const Work *w) {
     pool_give(w->pool, w->panels);
-    pool_give(w->pool, w->scale);
+    pool_give(w->pool, w->norm);
     pool_give(w->pool, w->shift);
     pool_give(w->pool, w->center);
     pool_give(w->pool, w->bias);
@@ -1401,7 +1411,7 @@ static Linear layer_linear(const Model *m, size_t layer, int which) {
         return l;
     l.column = which <= LINEAR_V ? at : 0; /* of c_attn */
     if (reads_norm && (m->steps & DID_FOLD_LN)) {
-        l.norm_w = layer_tensor(f, layer, which == LINEAR_IN ? RAW_LN2_W : RAW_LN1_W);
+        l.norm_w = norm_tensor(f, layer, which == LINEAR_IN);
         l.norm_b = l.norm_w + 1;
     }
     l.center = !reads_norm && (m->steps & DID_CENTER_WRITING);
@@ -1434,10 +1444,10 @@ static int linear_begin(const Work *w, const Linear *l, const unsigned char *byt
         return 0;
     if (l->norm_w != NULL) { /* fold_ln */
         memset(w->shift, 0, l->k * sizeof *w->shift);
-        if (!weights_row(&w->m->file, l->norm_w, 0, w->scale, w->pool->a) ||
+        if (!weights_row(&w->m->file, l->norm_w, 0, w->norm, w->pool->a) ||
             !add_vector(w, l->norm_b, 0, l->k, w->shift))
             return 0;
-        s->scale = w->scale;
+        s->scale = w->norm;
         s->shift = w->shift;
     }
     if (l->center) { /* each row of W and, like one row more, the bias */
@@ -1518,10 +1528,10 @@ static patch_status linear(const Work *w, const Linear *l, const Rows *r, float 
                            patch_error *e) {
     const Model *m = w->m;
     const Tensor *t = l->matrix;
-    const int whole = t != NULL && t->type == TYPE_PANELS; /* rows do not lie together there */
-    const size_t n_rows = t == NULL ? 0 : whole ? t->rows : l->transposed ? l->n : l->k;
+    const int panels = t != NULL && t->type == TYPE_PANELS; /* whose rows do not lie together */
+    const size_t n_rows = t == NULL ? 0 : panels ? t->rows : l->transposed ? l->n : l->k;
     const unsigned char *bytes =
-        t ? weights(&m->file, t, whole ? 0 : l->first_row, n_rows, w->pool->a) : NULL;
+        t ? weights(&m->file, t, panels ? 0 : l->first_row, n_rows, w->pool->a) : NULL;
     const int last = t == NULL || l->transposed || l->column + l->n == t->cols; /* of c_attn: V */
     const double size = (double)l->k * (double)l->n;
     PanelSource s;
@@ -1535,7 +1545,7 @@ static patch_status linear(const Work *w, const Linear *l, const Rows *r, float 
         float *scratch = keep ? keep + at * l->k
                               : w->panels + (size_t)thread_number() * m->max_k * STEP;
         const float *b = scratch; /* [panels][k][16] */
-        if (whole && !keep && !big_endian() && cols % m->kernels->cols == 0) /* in place */
+        if (panels && !keep && !big_endian() && cols % m->kernels->cols == 0) /* in place */
             b = (const float *)(const void *)bytes + at * l->rows + l->first_row * PANEL;
         else
             for (size_t p = 0; p < STEP / PANEL && (!keep || p * PANEL < cols); p++)
@@ -1619,8 +1629,7 @@ void patch_model_free(patch_model *m) {
 static patch_status model_load(const char *path, const void *bytes, size_t n,
                                const patch_options *options, patch_model **model, patch_error *e) {
     const patch_options o = options ? *options : patch_options_default();
-    const patch_allocator standard = {default_alloc, default_free, NULL};
-    const patch_allocator a = o.allocator.alloc ? o.allocator : standard;
+    const patch_allocator a = o.allocator.alloc ? o.allocator : HEAP;
     const char *where = path ? path : "memory";
     Model *m = take_zeroed(&a, 1, sizeof *m + strlen(where) + 1);
     patch_status s;
@@ -1772,12 +1781,12 @@ const char *patch_token(const patch_model *model, int id, size_t *length) {
 
 enum { K_PREFIX = PATCH_N_HOOKS, V_PREFIX, STAGES };
 
-typedef enum Rule {
+typedef enum MadeOf {
     LEAF,  /* a token or a position */
     SAME,  /* one row of stage a */
     PAIR,  /* a row of stage a and a row of stage b, at one position */
     PREFIX /* the rows of stage a at positions 0..t */
-} Rule;
+} MadeOf;
 
 /* Where a layer's rows stand. By the time a stage writes to a region, nobody reads what stood
    there:
@@ -1800,7 +1809,7 @@ typedef enum How { LATER, EMBED, ADD, SCALE, NORM, LINEAR, ATTEND, SPELL_OUT, AC
 
 typedef struct StageRule {
     int stage, a, b;
-    Rule rule;
+    MadeOf made_of;
     Region region;
     How how;
     int linear; /* LINEAR: which matrix */
@@ -1847,19 +1856,15 @@ static const struct HookFact {
 #undef X
 };
 
-typedef enum Where { FIRST, EACH, LAST } Where; /* in which layers a stage is */
-
-static Where hook_where(int stage) {
-    return stage <= PATCH_POS_EMBED                                            ? FIRST
-           : stage == PATCH_LN_FINAL_SCALE || stage == PATCH_LN_FINAL_NORMALIZED ? LAST
-                                                                               : EACH;
+/* Is a stage in each layer, and not only before the first or behind the last? */
+static int in_blocks(int stage) {
+    return stage > PATCH_POS_EMBED && stage != PATCH_LN_FINAL_SCALE &&
+           stage != PATCH_LN_FINAL_NORMALIZED;
 }
 
-/* The layer under which the engine keeps a hook point: the caller's where it is inside the blocks.
-   */
-static int hook_layer(const Model *m, int hook, int layer) {
-    const Where where = hook_where(hook);
-    return where == EACH ? layer : where == FIRST ? 0 : m->dims.n_layers - 1;
+/* The layer under which the engine keeps a stage: outside the blocks the first or the last. */
+static int hook_layer(const Model *m, int stage, int layer) {
+    return in_blocks(stage) ? layer : stage <= PATCH_POS_EMBED ? 0 : m->dims.n_layers - 1;
 }
 
 /* Floats of one row of a hook point; of scores and pattern, of a run of t tokens. */
@@ -2133,9 +2138,9 @@ static int walk_track(Plan *p, Stage *s, const StageRule *rule, int track) {
         memcpy(own, p->table[rule->stage][t->class], (size_t)t->from * sizeof *own);
     p->table[rule->stage][track] = own;
     for (int pos = t->from; pos < t->n_tokens; pos++) {
-        if (rule->rule == PAIR)
+        if (rule->made_of == PAIR)
             own[pos] = intern(p, s, a[pos], b[pos], -1);
-        else if (rule->rule == PREFIX) /* the trie: one node further */
+        else if (rule->made_of == PREFIX) /* the trie: one node further */
             own[pos] = intern(p, s, pos ? own[pos - 1] : -1, a[pos], -1);
         else
             own[pos] = intern(p, s, rule->stage == PATCH_EMBED ? t->tokens[pos] : pos, 0, -1);
@@ -2163,7 +2168,7 @@ static int derive_stage(Plan *p, int layer, const StageRule *rule) {
     Stage *s = stage_at(p, layer, rule->stage);
     const Stage *parent = parent_stage(p, layer, rule, 0);
     int ok = 1;
-    if (rule->rule == SAME || stays(layer, rule) ||
+    if (rule->made_of == SAME || stays(layer, rule) ||
         (rule->how == NORM && !stage_at(p, layer, rule->b)->edited)) {
         const int from = stays(layer, rule) ? PATCH_RESID_POST : rule->a;
         memcpy(p->table[rule->stage], p->table[from], (size_t)p->n_tracks * sizeof(int *));
@@ -2276,14 +2281,14 @@ static void need_parents(const Plan *p, int layer, const StageRule *rule, Stage 
     if (n->edit >= 0) {
         need(s, n->a);
         need(s, edit_of(p, n->edit)->op == PATCH_COPY ? n->b : -1);
-    } else if (rule->rule == PREFIX) {
+    } else if (rule->made_of == PREFIX) {
         need(s, n->a);
         need(stage_at(p, layer, rule->a), n->b);
     } else if (rule->stage == PATCH_ATTN_OUT && result->nodes[n->a].edit < 0) {
         need(stage_at(p, layer, PATCH_Z), result->nodes[n->a].a); /* no result is spelled out */
-    } else if (rule->rule != LEAF) {
+    } else if (rule->made_of != LEAF) {
         need(parent_stage(p, layer, rule, 0), n->a);
-        if (rule->rule == PAIR)
+        if (rule->made_of == PAIR)
             need(parent_stage(p, layer, rule, 1), n->b);
     }
 }
@@ -2340,7 +2345,7 @@ static patch_status bad_run(patch_error *e, size_t run, const char *what, long g
 static patch_status check_slice(const Model *m, size_t run, int hook, int layer, int pos, int head,
                                 int src, int n_tokens, patch_error *e) {
     WITHIN("hook point", hook, 0, PATCH_N_HOOKS - 1);
-    if (hook_where(hook) == EACH)
+    if (in_blocks(hook))
         WITHIN("layer", layer, 0, m->dims.n_layers - 1);
     WITHIN("position", pos, -1, n_tokens - 1);
     WITHIN("head", head, -1, strchr("ZRP", hook_facts[hook].shape) ? m->dims.n_heads - 1 : -1);
@@ -2549,19 +2554,16 @@ static size_t gather(Pass *x, const Stage *s, const Stage *parent) {
     return n;
 }
 
-/* Weight and bias of a LayerNorm that is not folded, into w [2,C]; x->ln is NULL where it is. */
+/* Weight and bias of a LayerNorm that is not folded, into w [2,C]; x->ln stays NULL where it is. */
 static int load_norm(Pass *x, int layer, int stage, float *w) {
     const ModelFile *f = &x->m->file;
-    const size_t ln2 = f->processing & DID_FOLD ? (size_t)FOLD_LN2_W : (size_t)RAW_LN2_W;
     const Tensor *t = stage == PATCH_LN_FINAL_NORMALIZED ? tail_tensor(f, 0)
-                      : layer_tensor(f, (size_t)layer, stage == PATCH_LN2_NORMALIZED ? ln2 : 0);
-    x->ln[0] = x->ln[1] = NULL;
+                      : norm_tensor(f, (size_t)layer, stage == PATCH_LN2_NORMALIZED);
     if (x->m->steps & DID_FOLD_LN)
         return 1;
     x->ln[0] = w;
     x->ln[1] = w + f->C;
-    return weights_row(f, t, 0, w, x->work.pool->a) &&
-           weights_row(f, t + 1, 0, w + f->C, x->work.pool->a);
+    return norm_rows(f, t, w, x->work.pool->a);
 }
 
 /* The rows of a prefix, position 0 first: the way up the trie. Returns how many. */
@@ -2578,15 +2580,22 @@ static size_t prefix_rows(const Pass *x, int layer, int prefix_stage, int node,
     return n;
 }
 
+/* x [n] = e^(x - most), most being the largest of them; returns their sum. */
+static double exp_sum(const Kernels *k, float *x, size_t n, float *most) {
+    double sum = 0;
+    *most = x[0];
+    for (size_t i = 1; i < n; i++)
+        *most = x[i] > *most ? x[i] : *most;
+    k->exponentials(x, n, *most);
+    for (size_t i = 0; i < n; i++)
+        sum += (double)x[i];
+    return sum;
+}
+
 /* out [n] = softmax(out). A row that is masked altogether is 0, as in TransformerLens. */
 static void softmax(const Kernels *k, float *out, size_t n) {
-    float most = out[0];
-    double sum = 0;
-    for (size_t i = 1; i < n; i++)
-        most = out[i] > most ? out[i] : most;
-    k->exponentials(out, n, most);
-    for (size_t i = 0; i < n; i++)
-        sum += (double)out[i];
+    float most;
+    const double sum = exp_sum(k, out, n, &most);
     for (size_t i = 0; i < n; i++) {
         out[i] = (float)((double)out[i] / sum);
         if (!(out[i] == out[i]))
@@ -2761,7 +2770,7 @@ static patch_status compute_stage(Pass *x, int layer, const StageRule *rule, pat
     if (rule->how == LINEAR)
         return product(x, layer, rule, e);
     if (rule->how == NORM)
-        readable = load_norm(x, layer, rule->stage, x->work.scale);
+        readable = load_norm(x, layer, rule->stage, x->work.norm);
     PARALLEL(rule->how == EMBED ? 1 : team(x->m, s->n * each), schedule(dynamic, 4))
     for (int i = 0; i < s->n; i++)
         if (computed(&s->nodes[i]) && !make_row(x, layer, rule, &s->nodes[i]))
@@ -3153,22 +3162,20 @@ patch_status patch_run_with_cache(const patch_model *m, const int *tokens, size_
    u_v is column v of W_U with the final LayerNorm folded in (chapter 6, step 1), in double.
    Where the model is processed otherwise, the same lines hold with what it has. */
 
-/* The final LayerNorm's weight [C] and bias [C] into the scratch's scale. */
-static int final_norm(const Work *w) {
-    const ModelFile *f = &w->m->file;
-    return weights_row(f, tail_tensor(f, 0), 0, w->scale, w->pool->a) &&
-           weights_row(f, tail_tensor(f, 1), 0, w->scale + f->C, w->pool->a);
+/* The final LayerNorm's weight and bias into ln [2,C]. */
+static int final_norm(const Work *w, float *ln) {
+    return norm_rows(&w->m->file, tail_tensor(&w->m->file, 0), ln, w->pool->a);
 }
 
 /* One column of W_U, processed but not centered, into column [C]; *bias is its b_U. */
 static int unembed_column(const Work *w, int token, double *column, double *bias) {
     const ModelFile *f = &w->m->file;
-    const float *row = w->panels, *scale = w->scale, *shift = w->scale + f->C;
+    const float *row = w->panels, *scale = w->norm, *shift = w->norm + f->C;
     const int fold = (w->m->steps & DID_FOLD_LN) != 0;
     double mean = 0;
     *bias = 0;
     if (!weights_row(f, unembedding(f), (size_t)token, w->panels, w->pool->a) ||
-        (fold && !final_norm(w)))
+        (fold && !final_norm(w, w->norm)))
         return 0;
     for (size_t k = 0; k < f->C; k++) {
         column[k] = (fold ? (double)scale[k] : 1.0) * (double)row[k];
@@ -3214,7 +3221,7 @@ static int sum_vocabulary(const Work *w, double *sum) {
    and not twice. */
 static int vocabulary_mean(const Work *w, double *mean, double *bias_mean) {
     const ModelFile *f = &w->m->file;
-    const float *scale = w->scale, *shift = w->scale + f->C;
+    const float *scale = w->norm, *shift = w->norm + f->C;
     double of_columns = 0;
     *bias_mean = 0;
     memset(mean, 0, f->C * sizeof *mean);
@@ -3226,7 +3233,7 @@ static int vocabulary_mean(const Work *w, double *mean, double *bias_mean) {
         mean[k] /= (double)f->V;
     if (!(w->m->steps & DID_FOLD_LN))
         return 1;
-    if (!final_norm(w))
+    if (!final_norm(w, w->norm))
         return 0;
     for (size_t k = 0; k < f->C; k++) {
         *bias_mean += (double)shift[k] * mean[k];
@@ -3344,14 +3351,9 @@ static patch_status linear_metric(const Question *q, double *values, patch_error
 /* Of a row of logits [V]: ln sum e^logit, so that logits[v] - log_sum is the log-probability. */
 static double log_sum(const Question *q, const float *logits) {
     const size_t V = q->work.m->file.V;
-    float most = logits[0];
-    double sum = 0;
-    for (size_t v = 1; v < V; v++)
-        most = logits[v] > most ? logits[v] : most;
+    float most;
     memcpy(q->powers, logits, V * sizeof *logits);
-    q->work.m->kernels->exponentials(q->powers, V, most);
-    for (size_t v = 0; v < V; v++)
-        sum += (double)q->powers[v];
+    const double sum = exp_sum(q->work.m->kernels, q->powers, V, &most);
     return (double)most + log(sum);
 }
 
@@ -3580,8 +3582,7 @@ typedef struct Family {
     size_t bases, base_edits, item_runs, item_edits; /* how many an example or item has, at most */
     int unpatched;         /* the base that an item without effect equals */
     patch_metric metric;
-    /* Fill an example's bases; runs[0..bases-1] are zeroed but for tokens and n_tokens (all clean).
-       */
+    /* Fill an example's bases: runs[0..bases-1], which so far are its clean prompt unedited. */
     void (*fill_bases)(const struct Family *f, size_t example, int base, patch_run *runs,
                        patch_edit *edits);
     /* Fill an item's runs, which are copies of the base `unpatched`; runs[0] is number `at`, the
@@ -4374,7 +4375,7 @@ static patch_status check_ablation(const Model *m, const patch_example *x, size_
 
     for (size_t i = 0; i < n_cells && s == PATCH_OK; i++)
         if ((size_t)cells[i].hook >= PATCH_N_HOOKS || cells[i].hook != cells[0].hook ||
-            hook_facts[cells[i].hook].shape == 'P' || hook_where((int)cells[i].hook) != EACH)
+            hook_facts[cells[i].hook].shape == 'P' || !in_blocks((int)cells[i].hook))
             s = fail(e, PATCH_E_USAGE, "site", "cells of one hook point inside the blocks are "
                      "wanted, and no pattern; choose another site");
         else if (o->keep && (cells[i].hook != PATCH_Z || cells[i].head < 0))
@@ -4515,7 +4516,7 @@ static double attribution(const float *row, size_t C, double scale, const double
 static int lens_direction(const Work *w, const patch_example *x, double *direction, double *other,
                           double *bias) {
     const ModelFile *f = &w->m->file;
-    float *ln = w->scale; /* [2,C] weight, bias */
+    float *ln = w->norm; /* [2,C] weight, bias */
     double minus;         /* the wrong answer's bias */
     if (!unembed_column(w, x->answer, direction, bias) ||
         !unembed_column(w, x->wrong, other, &minus))
@@ -4525,8 +4526,7 @@ static int lens_direction(const Work *w, const patch_example *x, double *directi
         direction[k] -= other[k];
     if (w->m->steps & DID_FOLD_LN)
         return 1;
-    if (!weights_row(f, tail_tensor(f, 0), 0, ln, w->pool->a) ||
-        !weights_row(f, tail_tensor(f, 1), 0, ln + f->C, w->pool->a))
+    if (!final_norm(w, ln))
         return 0;
     for (size_t k = 0; k < f->C; k++) {
         *bias += (double)ln[f->C + k] * direction[k];
@@ -4726,9 +4726,7 @@ patch_status patch_copying_scores(const patch_model *m, const int *names, size_t
     if (s == PATCH_OK)
         s = extended_embeddings(m, &pool, names, n, x, e);
     if (s == PATCH_OK &&
-        (!vocabulary_mean(&w, mean, &bias_mean) ||
-         (!folded && (!weights_row(&m->file, tail_tensor(&m->file, 0), 0, ln, pool.a) ||
-                      !weights_row(&m->file, tail_tensor(&m->file, 1), 0, ln + C, pool.a)))))
+        (!vocabulary_mean(&w, mean, &bias_mean) || (!folded && !final_norm(&w, ln))))
         s = unreadable(m, e);
     if (s == PATCH_OK)
         s = all_logits(&w, ln + C, NULL, 1, mean, bias_mean, middle, e);
@@ -4761,8 +4759,6 @@ patch_status patch_copying_scores(const patch_model *m, const int *names, size_t
    Files that are whole or not there, the processed model file, a file's SHA-256; then, left out of
    a library (PATCH_NO_MAIN), tables in every format: for machines .npy, .csv, .json and
    .safetensors, for people SVG, HTML and the terminal, which share labels, colours and panels. */
-
-static const patch_allocator HEAP = {default_alloc, default_free, NULL};
 
 /* ---- 12.1 Files: written whole or not at all ------------------------------------------------- */
 
@@ -4882,7 +4878,7 @@ static void flat_zeros(FlatFile *w, size_t until) {
 static void flat_begin(FlatFile *w, uint32_t type) {
     const Tensor x = expected_tensor(&w->file, w->n);
     unsigned char *row = w->table + w->n++ * TABLE_ROW;
-    flat_zeros(w, (w->at + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    flat_zeros(w, (size_t)align_up(w->at));
     memcpy(row, x.name, 48);
     set_little(row + 48, type, 4);
     set_little(row + 52, x.rank, 4);
@@ -4947,11 +4943,10 @@ static patch_status flat_tensors(FlatFile *w, const Work *work, double *value_bi
                                  patch_error *e) {
     const Model *m = work->m;
     const ModelFile *f = &m->file;
-    const size_t ln2 = f->processing & DID_FOLD ? (size_t)FOLD_LN2_W : (size_t)RAW_LN2_W;
     int ok = flat_copy(w, m, &f->tensors[0]) && flat_copy(w, m, &f->tensors[1]);
     for (size_t layer = 0; ok && layer < f->L; layer++)
         for (int which = LINEAR_Q; ok && which < LINEARS; which++) {
-            const Tensor *norm = layer_tensor(f, layer, which == LINEAR_Q ? 0 : ln2);
+            const Tensor *norm = norm_tensor(f, layer, which == LINEAR_IN);
             if (which == LINEAR_Q || which == LINEAR_IN)
                 ok = flat_copy(w, m, norm) && flat_copy(w, m, norm + 1);
             const patch_status s =
@@ -4994,7 +4989,7 @@ static int flat_head(FlatFile *w, size_t tokenizer_at, uint32_t tokenizer_crc) {
 patch_status patch_model_fold(const patch_model *m, const char *path, patch_error *e) {
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
     const size_t C = m->file.C, n = 4 + m->file.L * FOLD_PER_LAYER + (m->file.untied != 0);
-    const size_t start = (HEAD_BYTES + n * TABLE_ROW + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    const size_t start = (size_t)align_up(HEAD_BYTES + n * TABLE_ROW);
     const unsigned char *tokenizer = m->tokenizer.section;
     double *value_bias = pool_take(&pool, C, sizeof *value_bias);
     float *panels = pool_take(&pool, (C + PANEL) * (m->max_k + PANEL), sizeof *panels);
