@@ -1343,7 +1343,8 @@ typedef struct Linear {
     const Tensor *norm_w, *norm_b;   /* fold_ln */
     int center;                      /* center_writing_weights */
     const double *shift;             /* fold_value_biases: b_V [k], else NULL */
-    int takes_value_bias, drop_bias; /* fold_value_biases: W_O wants shift; W_V adds no bias */
+    int takes_value_bias;            /* fold_value_biases: W_O wants shift */
+    int drop_bias;                   /* nothing is added: W_V's goes into W_O's instead */
     const double *center_after;      /* center_unembed: mean column [k], else NULL */
     double bias_after;               /* and mean bias, to be subtracted */
 } Linear;
@@ -1417,6 +1418,15 @@ static Linear layer_linear(const Model *m, size_t layer, int which) {
     l.center = !reads_norm && (m->steps & DID_CENTER_WRITING);
     l.takes_value_bias = which == LINEAR_O && (m->steps & DID_FOLD_VALUES);
     l.drop_bias = which == LINEAR_V && (m->steps & DID_FOLD_VALUES);
+    return l;
+}
+
+/* The D rows of W_O that a head's z meets, [D,C], without b_O. */
+static Linear head_linear(const Model *m, size_t layer, size_t head) {
+    Linear l = layer_linear(m, layer, LINEAR_O);
+    l.k = m->file.D;
+    l.first_row = head * l.k;
+    l.drop_bias = 1;
     return l;
 }
 
@@ -2337,6 +2347,7 @@ static patch_status bad_run(patch_error *e, size_t run, const char *what, long g
                 got, least, most);
 }
 
+/* Return from the function with such an error; `e` and `run` are its own. */
 #define WITHIN(what, got, least, most)                                                             \
     if ((long)(got) < (long)(least) || (long)(got) > (long)(most))                                 \
     return bad_run(e, run, what, (long)(got), (long)(least), (long)(most))
@@ -2403,27 +2414,25 @@ static int place_of(const Plan *p, patch_hook hook, int layer) {
    next ones in the list are the ones for it, or there are none. */
 static int index_events(Plan *p) {
     size_t n_edits = 0, n_rows = 0, reads = (size_t)p->n_reads;
-    int rows = 0;
-
     for (int r = 0; r < p->n_runs; r++)
         n_edits += (size_t)p->runs[r].n_edits;
-    for (int i = 0; i < p->n_reads; i++)
-        n_rows += (size_t)rows_read(p, &p->reads[i]);
     p->edits = n_edits < INT_MAX / 4 ? pool_take(p->pool, n_edits, sizeof *p->edits) : NULL;
     p->read_events = pool_take(p->pool, reads, sizeof *p->read_events);
-    p->read_rows = n_rows < INT_MAX / 4 ? pool_take(p->pool, n_rows, sizeof(int)) : NULL;
-    if (!p->edits || !p->read_events || !p->read_rows)
+    if (!p->edits || !p->read_events)
         return 0;
     for (int r = 0; r < p->n_runs; r++)
         for (int i = 0; i < p->runs[r].n_edits; i++) {
             const patch_edit *e = &p->runs[r].edits[i];
             p->edits[p->n_edits++] = (Event){place_of(p, e->hook, e->layer), r, i, 0};
         }
-    for (int i = 0; i < p->n_reads; i++) {
-        const patch_read *read = &p->reads[i];
-        p->read_events[i] = (Event){place_of(p, read->hook, read->layer), read->run, i, rows};
-        rows += rows_read(p, read);
+    for (int i = 0; i < p->n_reads && n_rows < INT_MAX / 4; i++) {
+        const patch_read *r = &p->reads[i];
+        p->read_events[i] = (Event){place_of(p, r->hook, r->layer), r->run, i, (int)n_rows};
+        n_rows += (size_t)rows_read(p, r);
     }
+    p->read_rows = n_rows < INT_MAX / 4 ? pool_take(p->pool, n_rows, sizeof(int)) : NULL;
+    if (!p->read_rows)
+        return 0;
     qsort(p->edits, n_edits, sizeof *p->edits, by_stage);
     qsort(p->read_events, reads, sizeof *p->read_events, by_stage);
     return 1;
@@ -2665,11 +2674,7 @@ static patch_status spell_out_results(Pass *x, int layer, patch_error *e) {
         const Rows r = {.n = n, .index = x->index, .ldx = f->C, .ldy = f->H * f->C,
                         .x = x->buffer[PATCH_Z] + h * f->D,
                         .y = x->buffer[PATCH_RESULT] + h * f->C};
-        Linear l = layer_linear(x->m, (size_t)layer, LINEAR_O);
-        l.k = f->D;
-        l.first_row = h * f->D;
-        l.bias = NULL;
-        l.dense_bias = NULL;
+        const Linear l = head_linear(x->m, (size_t)layer, h);
         s = linear(&x->work, &l, &r, NULL, e);
     }
     return s;
@@ -4667,13 +4672,10 @@ static patch_status copying_rows(const Work *w, size_t layer, const float *x, si
     Linear l = layer_linear(m, layer, LINEAR_V);
     Rows r = {.n = n, .x = x, .ldx = C, .y = v, .ldy = C};
 
-    l.drop_bias = 1; /* neither b_V nor, below, b_O */
+    l.drop_bias = 1; /* no b_V; and, below, no b_O */
     patch_status s = linear(w, &l, &r, NULL, e);
     for (size_t h = 0; h < H && s == PATCH_OK; h++) {
-        l = layer_linear(m, layer, LINEAR_O);
-        l.k = D;
-        l.first_row = h * D; /* the head's [D,C] of W_O */
-        l.drop_bias = 1;
+        l = head_linear(m, layer, h);
         r.x = v + h * D;
         r.y = out + h * n * C;
         s = linear(w, &l, &r, NULL, e);
