@@ -999,8 +999,8 @@ typedef struct PanelSource {
     X(T, A, void, , exponentials, (float *x, size_t n, float subtract), (x, n, subtract))          \
     X(T, A, double, return, mean, (const float *x, size_t n), (x, n))                              \
     X(T, A, void, , norm_scale, (const float *x, size_t n, double eps, float *y), (x, n, eps, y))  \
-    X(T, A, void, , normalize, (const float *x, size_t n, float scale, const float *w,             \
-                                const float *b, float *y), (x, n, scale, w, b, y))                 \
+    X(T, A, void, , normalize, (const float *x, size_t n, float scale, const float *ln, float *y), \
+                               (x, n, scale, ln, y))                                               \
     X(T, A, void, , scores, (const float *q, const float *const *k, size_t at, size_t n, size_t d, \
                              float divisor, float *out), (q, k, at, n, d, divisor, out))           \
     X(T, A, void, , mix, (const float *pattern, const float *const *v, size_t at, size_t n,        \
@@ -1106,13 +1106,14 @@ ALWAYS_INLINE void norm_scale_body(const float *x, size_t n, double eps, float *
     *scale = (float)sqrt(sum_power(x, n, mean_body(x, n), 2) / (double)n + eps);
 }
 
-/* y [n] = (x - mean) / scale, times w plus b [n] where the LayerNorm is not folded (else NULL). */
-ALWAYS_INLINE void normalize_body(const float *x, size_t n, float scale, const float *w,
-                                  const float *b, float *y) {
+/* y [n] = (x - mean) / scale; where the LayerNorm is not folded, times its weight and plus its bias:
+   ln [2,n], else NULL. */
+ALWAYS_INLINE void normalize_body(const float *x, size_t n, float scale, const float *ln,
+                                  float *y) {
     const double mean = mean_body(x, n), inverse = 1.0 / (double)scale;
     IN_LANES(n, y[i + j] = (float)(((double)x[i + j] - mean) * inverse);)
-    for (size_t i = 0; w != NULL && i < n; i++)
-        y[i] = y[i] * w[i] + b[i];
+    for (size_t i = 0; ln != NULL && i < n; i++)
+        y[i] = y[i] * ln[i] + ln[n + i];
 }
 
 /* out [n] = q . k[t] / divisor, for one head: d elements from element `at` of each key. */
@@ -2521,7 +2522,7 @@ typedef struct Pass {
     int *index;            /* [most slots]: rows to gather */
     double *value_bias;    /* [C] b_V, on its way into b_O */
     Attention *attention;  /* [threads] */
-    float *ln[2];          /* the LayerNorm's weight and bias where they are not folded */
+    float *ln;             /* [2,C] the LayerNorm's weight and bias, NULL where they are folded */
     int next_read;         /* the first of the plan's reads that is not served yet */
     double seconds_products, seconds_attention;
 } Pass;
@@ -2563,16 +2564,15 @@ static size_t gather(Pass *x, const Stage *s, const Stage *parent) {
     return n;
 }
 
-/* Weight and bias of a LayerNorm that is not folded, into w [2,C]; x->ln stays NULL where it is. */
-static int load_norm(Pass *x, int layer, int stage, float *w) {
+/* Set x->ln for a stage, in the scratch. 0: it is unreadable. */
+static int load_norm(Pass *x, int layer, int stage) {
     const ModelFile *f = &x->m->file;
     const Tensor *t = stage == PATCH_LN_FINAL_NORMALIZED ? tail_tensor(f, 0)
                       : norm_tensor(f, (size_t)layer, stage == PATCH_LN2_NORMALIZED);
     if (x->m->steps & DID_FOLD_LN)
         return 1;
-    x->ln[0] = w;
-    x->ln[1] = w + f->C;
-    return norm_rows(f, t, w, x->work.pool->a);
+    x->ln = x->work.norm;
+    return norm_rows(f, t, x->ln, x->work.pool->a);
 }
 
 /* The rows of a prefix, position 0 first: the way up the trie. Returns how many. */
@@ -2753,7 +2753,7 @@ static int make_row(const Pass *x, int layer, const StageRule *rule, const Node 
         if (rule->how == SCALE)
             k->norm_scale(p, C, f->eps, out);
         else if (rule->how == NORM)
-            k->normalize(p, C, *q, x->ln[0], x->ln[1], out);
+            k->normalize(p, C, *q, x->ln, out);
         else
             for (size_t j = 0; j < C; j++)
                 out[j] = p[j] + q[j];
@@ -2775,7 +2775,7 @@ static patch_status compute_stage(Pass *x, int layer, const StageRule *rule, pat
     if (rule->how == LINEAR)
         return product(x, layer, rule, e);
     if (rule->how == NORM)
-        readable = load_norm(x, layer, rule->stage, x->work.norm);
+        readable = load_norm(x, layer, rule->stage);
     PARALLEL(rule->how == EMBED ? 1 : team(x->m, s->n * each), schedule(dynamic, 4))
     for (int i = 0; i < s->n; i++)
         if (computed(&s->nodes[i]) && !make_row(x, layer, rule, &s->nodes[i]))
@@ -4683,7 +4683,7 @@ static patch_status copying_rows(const Work *w, size_t layer, const float *x, si
     for (float *row = out; s == PATCH_OK && row < out + H * n * C; row += C) {
         float scale;
         m->kernels->norm_scale(row, C, m->file.eps, &scale);
-        m->kernels->normalize(row, C, scale, ln, ln ? ln + C : NULL, row);
+        m->kernels->normalize(row, C, scale, ln, row);
     }
     return s;
 }

@@ -27,7 +27,7 @@
 #define K_SOFTMAX(x, n) softmax(kernels, x, n)
 #define K_MEAN(x, n) kernels->mean(x, n)
 #define K_SCALE(x, n, eps, out) kernels->norm_scale(x, n, eps, out)
-#define K_NORMALIZE(x, n, scale, w, b, y) kernels->normalize(x, n, scale, w, b, y)
+#define K_NORMALIZE(x, n, scale, ln, y) kernels->normalize(x, n, scale, ln, y)
 #define K_SCORES(q, k, at, n, d, divisor, out) kernels->scores(q, k, at, n, d, divisor, out)
 #define K_MIX(p, v, at, n, d, z) kernels->mix(p, v, at, n, d, z)
 #define K_CRC(crc, p, n) crc32_of(crc, p, n)
@@ -258,10 +258,11 @@ static void section_norm(void) {
     for (round = 0; round < 3000; round++) {
         const float away = round % 3 == 0 ? 0 : round % 3 == 1 ? 10.0f : 1000.0f;
         const double eps = round % 2 ? 1e-5 : 1e-3;
-        float x[300], w[300], b[300], y[301], plain[301], scale;
+        float x[300], ln[600], *w = ln, *b, y[301], plain[301], scale;
         double mean = 0, variance = 0, want;
 
         n = 1 + chance() % 300;
+        b = ln + n;
         for (i = 0; i < n; i++) {
             x[i] = uniform(-2, 2) + away;
             w[i] = uniform(-2, 2);
@@ -273,8 +274,8 @@ static void section_norm(void) {
         want = sqrt(variance + eps);
         y[n] = plain[n] = 12345.5f;
         K_SCALE(x, n, eps, &scale);
-        K_NORMALIZE(x, n, scale, NULL, NULL, plain);
-        K_NORMALIZE(x, n, scale, w, b, y);
+        K_NORMALIZE(x, n, scale, NULL, plain);
+        K_NORMALIZE(x, n, scale, ln, y);
         check(y[n] == 12345.5f && plain[n] == 12345.5f, "written behind the end");
         check(fabs(K_MEAN(x, n) - mean) <= 1e-13 * (1 + fabs(mean)), "mean %.17g, not %.17g", K_MEAN(x, n), mean);
         check(fabs((double)scale - want) <= 6.1e-8 * want, "scale %.9g, not %.9g", (double)scale, want);
