@@ -67,10 +67,11 @@
 
 
 /* ==== 1. Platform ================================================================================
-   The only chapter that asks what machine this is. A build without any of it still works: files are
-   then read instead of mapped, the clock is the processor's, and there is one thread. PATCH_BARE is
-   for machines that have neither files nor a heap: a model is opened from memory, with an allocator
-   of the caller's (tests/embedded). */
+   What is asked of the system: files, the clock, threads. (Chapter 5 asks what the processor has, 12
+   and 13 what files and terminals are.) A build without any of it still works: files are then read
+   instead of mapped, the clock is the processor's, and there is one thread. PATCH_BARE is for
+   machines that have neither files nor a heap: a model is opened from memory, with an allocator of
+   the caller's (tests/embedded). */
 
 #if !defined(_WIN32) && !defined(PATCH_BARE) && (defined(__unix__) || defined(__APPLE__))
 #define HAS_POSIX 1
@@ -149,7 +150,6 @@ static int map_open(const char *path, Map *map) {
     return 0;
 #else
     FILE *file = fopen(path, "rb");
-
     if (file == NULL)
         return 0;
 #ifdef PATCH_MMAP
@@ -2217,7 +2217,6 @@ static int edit_run(Plan *p, Stage *s, int at) {
     const int n = p->tracks[track].n_tokens;
     const int *before = p->table[stage][track];
     const Event *event;
-
     memcpy(p->scratch, before, (size_t)n * sizeof *before);
     while (p->next_edit < p->n_edits && (event = &p->edits[p->next_edit])->at == at &&
            event->run == run) {
@@ -2328,7 +2327,6 @@ static void number_slots(Plan *p) {
         const int in_place = rule->how == ACTIVATE || stays(layer, rule);
         const Stage *parent = parent_stage(p, layer, rule, 0);
         Stage *s = stage_at(p, layer, rule->stage);
-
         s->slots = in_place ? parent->slots : 0;
         for (int i = 0; i < s->n; i++) {
             Node *n = &s->nodes[i];
@@ -2369,7 +2367,6 @@ static patch_status check_runs(const Model *m, const patch_run *runs, size_t n_r
                                const patch_read *reads, size_t n_reads, patch_error *e) {
     size_t run = 0; /* which one an error names */
     patch_status s = PATCH_OK;
-
     WITHIN("number of runs", n_runs, 0, INT_MAX / 4);
     WITHIN("number of reads", n_reads, 0, INT_MAX / 4);
     for (; run < n_runs && s == PATCH_OK; run++) {
@@ -2581,7 +2578,6 @@ static size_t prefix_rows(const Pass *x, int layer, int prefix_stage, int node,
     const int of = prefix_stage == K_PREFIX ? PATCH_K : PATCH_V;
     const Stage *prefix = stage_at(x->p, layer, prefix_stage), *s = stage_at(x->p, layer, of);
     size_t n = 0;
-
     for (int at = node; at >= 0; at = prefix->nodes[at].a)
         n++;
     for (size_t i = n; node >= 0; node = prefix->nodes[node].a)
@@ -2630,7 +2626,6 @@ static void attention_row(const Pass *x, int layer, int stage, int node, size_t 
     const Node *nd = &stage_at(x->p, layer, stage)->nodes[node];
     const patch_edit *e = nd->edit < 0 ? NULL : edit_of(x->p, nd->edit);
     const size_t D = x->m->file.D;
-
     if (e == NULL && stage == PATCH_PATTERN) {
         attention_row(x, layer, PATCH_ATTN_SCORES, nd->a, head, n, out, scratch);
         softmax(x->m->kernels, out, n);
@@ -2728,7 +2723,6 @@ static int make_row(const Pass *x, int layer, const StageRule *rule, const Node 
     const ModelFile *f = &x->m->file;
     const size_t C = f->C, D = f->D;
     float *out = row_of(x, rule->stage, node->slot);
-
     if (rule->how == EMBED) { /* with center_writing_weights each row loses its mean */
         if (!weights_row(f, &f->tensors[rule->stage == PATCH_POS_EMBED], (size_t)node->a, out,
                          x->work.pool->a))
@@ -2767,7 +2761,6 @@ static patch_status compute_stage(Pass *x, int layer, const StageRule *rule, pat
     const double each = (double)x->m->file.C * (rule->how == ATTEND ? x->p->T : 8);
     const double started = now();
     int readable = 1;
-
     if (rule->how == LATER || stays(layer, rule))
         return PATCH_OK;
     if (rule->how == SPELL_OUT)
@@ -2919,7 +2912,6 @@ static patch_status execute(const Model *m, Pool *pool, const patch_run *runs, s
               .n_reads = (int)n_reads, .share = mode != UNSHARED};
     Pass x;
     patch_status s = check_runs(m, runs, n_runs, reads, n_reads, e);
-
     if (s != PATCH_OK)
         return s;
     if (!plan_runs(&p))
@@ -3063,14 +3055,12 @@ static size_t tensor_shape(const Model *m, int hook, size_t B, size_t T, patch_t
 static size_t match_hooks(const Model *m, size_t B, size_t T, const char *const *globs,
                           size_t n_globs, patch_cache *c, patch_read *reads, size_t *floats) {
     size_t n = 0;
-
     *floats = 0;
     for (int at = 0; at < m->dims.n_layers * PATCH_N_HOOKS; at++) {
         const int layer = at / PATCH_N_HOOKS, hook = at % PATCH_N_HOOKS;
         patch_tensor t = {0};
         char name[64];
         size_t g = 0;
-
         if (hook_layer(m, hook, layer) != layer)
             continue;
         patch_hook_name((patch_hook)hook, layer, name, sizeof name);
@@ -3116,7 +3106,6 @@ patch_status patch_run_with_cache(const patch_model *m, const int *tokens, size_
                                   size_t n_tokens, const char *const *globs, size_t n_globs,
                                   size_t *needed, patch_cache **cache, patch_error *e) {
     size_t floats, run = 0;
-
     if (cache != NULL)
         *cache = NULL;
     for (size_t g = 0; g < n_globs; g++)
@@ -3164,8 +3153,8 @@ patch_status patch_run_with_cache(const patch_model *m, const int *tokens, size_
        kl           sum_v p_clean[v] (ln p_clean[v] - ln p[v])
        rank         how many v have logit[v] > logit[answer]
 
-   u_v is column v of W_U with the final LayerNorm folded in (chapter 6, step 1), in double.
-   Where the model is processed otherwise, the same lines hold with what it has. */
+   u_v is column v of W_U with the final LayerNorm folded in (chapter 6, step 1), in double. Where
+   fold_ln is off, u_v is the stored column; where center_unembed is off, the mean is left out. */
 
 /* The final LayerNorm's weight and bias into ln [2,C]. */
 static int final_norm(const Work *w, float *ln) {
@@ -3259,7 +3248,6 @@ static patch_status all_logits(const Work *w, const float *rows, const int *inde
     Linear l = {.k = f->C, .matrix = unembedding(f), .rows = f->V, .transposed = 1};
     Rows r = {.x = rows, .ldx = f->C, .index = index, .n = n, .ldy = f->V};
     patch_status s = PATCH_OK;
-
     if (w->m->steps & DID_FOLD_LN) {
         l.norm_w = tail_tensor(f, 0);
         l.norm_b = tail_tensor(f, 1);
@@ -3283,7 +3271,6 @@ patch_status patch_logits(const patch_model *m, const float *rows, size_t n, flo
     Work w;
     patch_status s = mean ? work_begin(&w, m, &pool, NULL, e)
                           : no_memory(e, "logits", pool.refused);
-
     if (s == PATCH_OK)
         s = vocabulary_mean(&w, mean, &bias_mean)
                 ? all_logits(&w, rows, NULL, n, mean, bias_mean, logits, e) : unreadable(m, e);
@@ -3316,7 +3303,6 @@ typedef struct Question {
 static patch_status question_begin(Question *q, const Model *m, Pool *pool, patch_error *e) {
     const size_t V = m->file.V, C = m->file.C, n_rows = q->metric == PATCH_KL ? 2 * q->n : q->n;
     const int columns = q->metric == PATCH_LOGIT_DIFF || q->metric == PATCH_LOGIT;
-
     q->most = columns ? 0 : q->n + 1 < LOGIT_ROWS ? q->n + 1 : LOGIT_ROWS;
     q->rows = pool_take(pool, n_rows * C, sizeof *q->rows);
     q->one = pool_take(pool, C, sizeof *q->one);
@@ -3368,7 +3354,6 @@ static double row_metric(const Question *q, const float *logits, int answer, con
     const size_t V = q->work.m->file.V;
     const double total = q->metric == PATCH_RANK ? 0 : log_sum(q, logits);
     double sum = 0;
-
     if (q->metric == PATCH_PROB)
         return exp((double)logits[answer] - total);
     if (q->metric == PATCH_LOGPROB)
@@ -3390,7 +3375,6 @@ static patch_status distribution_metric(const Question *q, double *values, patch
     int index[LOGIT_ROWS], item[LOGIT_ROWS]; /* rows, and whose value each gives; -1: a clean row */
     double bias_mean, clean_sum = 0;
     patch_status s = PATCH_OK;
-
     if (!vocabulary_mean(&q->work, q->one, &bias_mean))
         return unreadable(q->work.m, e);
     for (size_t i = 0; s == PATCH_OK && i < q->n;) {
@@ -3452,7 +3436,6 @@ static patch_status score_runs(const Model *m, Pool *pool, const patch_run *runs
     patch_read *reads = pool_take(pool, n_reads, sizeof *reads);
     patch_status s = reads ? question_begin(&q, m, pool, e)
                            : no_memory(e, "results", pool->refused);
-
     for (size_t i = 0; s == PATCH_OK && i < n_reads; i++) {
         const int run = i < n ? wanted[i].run : wanted[i - n].clean;
         reads[i] = (patch_read){PATCH_LN_FINAL_NORMALIZED, 0, run, runs[run].n_tokens - 1,
@@ -3515,7 +3498,6 @@ static int set_edits(const Model *m, const patch_cell *c, const float *values, s
     const size_t part = square ? T * T : hook_facts[c->hook].shape == 'R' ? m->file.C : m->file.D;
     const size_t at = (c->pos < 0 ? 0 : (size_t)c->pos) * width + (c->src < 0 ? 0 : (size_t)c->src);
     const int n = all_heads ? m->dims.n_heads : 1;
-
     for (int i = 0; i < n; i++) {
         const int head = all_heads ? i : c->head;
         out[i] = (patch_edit){.hook = c->hook, .op = PATCH_SET, .layer = c->layer, .pos = c->pos,
@@ -3538,7 +3520,6 @@ static patch_status brute_items(const Model *m, const patch_example *examples,
     patch_edit edits[MAX_HEADS];
     patch_status s = PATCH_OK;
     float *seen = NULL; /* the cached activation */
-
     for (size_t item = first; item < end && s == PATCH_OK; item++) {
         const patch_example *x = &examples[item / n_cells];
         const patch_cell *c = &cells[item % n_cells];
@@ -3547,7 +3528,6 @@ static patch_status brute_items(const Model *m, const patch_example *examples,
         Wanted wanted = {1, 0, 0, 0, 0};
         patch_run runs[2] = {{o->noising ? x->corrupted : x->clean, x->n_tokens, NULL, 0},
                              {o->noising ? x->clean : x->corrupted, x->n_tokens, edits, 0}};
-
         s = check_slice(m, item, (int)c->hook, c->layer, c->pos, c->head, c->src, x->n_tokens, e);
         if (s == PATCH_OK && (item % n_cells == 0 || cached == NULL || cached->hook != c->hook ||
                               cached->layer != c->layer)) {
@@ -3611,7 +3591,6 @@ static patch_status run_group(const Model *m, Pool *pool, const Family *f, size_
     patch_edit *edits = pool_take(pool, n_edits, sizeof *edits), *next = edits;
     Wanted *wanted = pool_take(pool, n_bases + n, sizeof *wanted);
     double *found = pool_take(pool, n_bases + n, sizeof *found); /* the bases' values, the items' */
-
     if (!runs || !edits || !wanted || !found)
         return no_memory(e, "group", pool->refused);
     for (size_t i = 0; i < n_bases; i++) {
@@ -3669,7 +3648,6 @@ static patch_status run_family(const Model *m, const Family *f, size_t first, si
     const size_t limit = memory_limit(m, STANDARD_LIMIT);
     size_t group = first_guess(m, f, limit);
     patch_status s = PATCH_OK;
-
     while (first < end && s == PATCH_OK) {
         const size_t some = end - first < group ? end - first : group;
         const double started = now();
@@ -3715,7 +3693,6 @@ static void fill_cell(const Family *f, size_t example, size_t item, int base, in
                       patch_run *runs, patch_edit *edit) {
     const Cells *c = f->ctx;
     const patch_cell *cell = &c->cells[item];
-
     (void)example, (void)at;
     *edit = (patch_edit){.hook = cell->hook, .op = PATCH_COPY, .layer = cell->layer,
                          .pos = cell->pos, .head = cell->head, .src = cell->src,
@@ -3733,7 +3710,6 @@ patch_status patch_cells(const patch_model *m, const patch_example *x, size_t n,
                       .fill_bases = fill_both, .fill_item = fill_cell, .ctx = &c};
     const size_t run = 0;
     patch_status s = check_examples(m, x, n, o->metric, 1, e);
-
     if (s != PATCH_OK || n == 0 || n_cells == 0)
         return s;
     WITHIN("number of examples", n, 1, LONG_MAX / 64 / (long)n_cells);
@@ -3803,7 +3779,6 @@ patch_status patch_sweep_cells(const patch_model *m, const char *sweep, int n_to
     static const char letters[] = "lphds";
     static const char *const names[] = {"layer", "pos", "head", "dest", "src"};
     const struct SweepRule *rule = sweep_rules;
-
     while (rule < sweep_rules + SWEEPS && strcmp(sweep, rule->name) != 0)
         rule++;
     if (rule == sweep_rules + SWEEPS)

@@ -79,7 +79,7 @@ typedef struct patch_options {
     int center_unembed;
     int fold_value_biases;
     int refactor_factored_attn_matrices;
-    int threads;       /* 0: as many as OpenMP offers */
+    int threads;       /* 0: as many as OpenMP offers; never more than 256 */
     int plain;         /* scalar reference kernels: the same bits, slowly */
     size_t max_memory; /* bytes the model and one call may take together; 0: no bound asked for */
     patch_allocator allocator; /* alloc == NULL: malloc and free */
@@ -232,8 +232,8 @@ typedef struct patch_read {
     int run;
     int pos;
     float *out; /* the caller's; NULL: nothing is copied, the activation is still computed */
-    int id;     /* set by patch_execute: reads of one row (pos >= 0) have one id when the rows are the
-                   same row, hence equal by construction; -1 for pos == -1 */
+    int id;     /* set by patch_execute: of reads (pos >= 0) at one hook point and layer, those with one
+                   id are the same row, hence equal by construction; -1 for pos == -1 */
 } patch_read;
 
 /* What a call did. Of groups of cells that were given up for want of memory, and tried again with
