@@ -3779,6 +3779,8 @@ patch_status patch_sweep_cells(const patch_model *m, const char *sweep, int n_to
     static const char letters[] = "lphds";
     static const char *const names[] = {"layer", "pos", "head", "dest", "src"};
     const struct SweepRule *rule = sweep_rules;
+    const size_t run = 0;
+    WITHIN("number of tokens", n_tokens, 1, INT_MAX / 4);
     while (rule < sweep_rules + SWEEPS && strcmp(sweep, rule->name) != 0)
         rule++;
     if (rule == sweep_rules + SWEEPS)
@@ -4593,17 +4595,18 @@ static int head_kind_detects(const int *tokens, size_t d, size_t s, int kind) {
 
 patch_status patch_head_kinds(const patch_model *m, const int *tokens, int n_tokens, double *scores,
                               patch_error *e) {
-    const size_t T = (size_t)n_tokens, L = m->file.L, H = m->file.H;
+    const size_t T = (size_t)n_tokens, L = m->file.L, H = m->file.H, run = 0;
+    WITHIN("number of tokens", n_tokens, 1, m->dims.n_ctx); /* or T * T might overflow */
     Pool pool = pool_begin(&m->allocator, SIZE_MAX / 2);
     float *patterns = pool_take(&pool, L * H * T * T, sizeof *patterns); /* [L,H,T,T] */
     patch_read *reads = pool_take(&pool, L, sizeof *reads);
-    const patch_run run = {tokens, n_tokens, NULL, 0};
+    const patch_run prompt = {tokens, n_tokens, NULL, 0};
 
     if (!patterns || !reads)
         return pool_end(&pool, no_memory(e, "heads", pool.refused));
     for (size_t l = 0; l < L; l++)
         reads[l] = (patch_read){PATCH_PATTERN, (int)l, 0, -1, patterns + l * H * T * T, 0};
-    const patch_status s = execute(m, &pool, &run, 1, reads, L, SHARED, NULL, e);
+    const patch_status s = execute(m, &pool, &prompt, 1, reads, L, SHARED, NULL, e);
     for (size_t i = 0; s == PATCH_OK && i < 3 * L * H; i++) { /* [3,L,H] */
         const float *p = patterns + i % (L * H) * T * T;
         double hit = 0, all = 0;

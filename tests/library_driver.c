@@ -18,6 +18,7 @@
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -842,6 +843,7 @@ static void wrong_cells(World *w) {
     REFUSED("layer n_layers, brute", patch_cells(w->model, &x, 1, cells, 2, &o, values, NULL, error), PATCH_E_INPUT);
     check(patch_measure(w->model, NULL, 0, PATCH_KL, out, NULL, NULL) == PATCH_OK, "no examples are an error");
     REFUSED("an unknown sweep", patch_sweep_cells(w->model, "resid", T, &shape, NULL, error), PATCH_E_USAGE);
+    REFUSED("a sweep of no tokens", patch_sweep_cells(w->model, "resid_pre", 0, &shape, NULL, error), PATCH_E_INPUT);
     REFUSED("a glob that matches nothing",
             patch_run_with_cache(w->model, w->tokens[0], 1, T, globs, 2, NULL, &cache, error), PATCH_E_INPUT);
     check(cache == NULL, "a cache after an error");
@@ -927,6 +929,7 @@ static void wrong_analyses(World *w) {
             patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error), PATCH_E_INPUT);
     w->x[1].n_tokens = T;
     REFUSED("heads of no tokens", patch_head_kinds(w->model, w->tokens[0], 0, values, error), PATCH_E_INPUT);
+    REFUSED("heads of many tokens", patch_head_kinds(w->model, w->tokens[0], INT_MAX, values, error), PATCH_E_INPUT);
     REFUSED("copying no names", patch_copying_scores(w->model, names, 0, values, cells, error), PATCH_E_INPUT);
     names[1] = d->d_vocab;
     REFUSED("copying d_vocab", patch_copying_scores(w->model, names, 2, values, cells, error), PATCH_E_INPUT);
