@@ -3446,9 +3446,7 @@ static patch_status score_runs(const Model *m, Pool *pool, const patch_run *runs
     const double started = now();
     if (s == PATCH_OK && !find_same(pool, wanted, reads, n))
         s = no_memory(e, "results", pool->refused);
-    if (s == PATCH_OK && mode != SIZED)
-        s = work_begin(&q.work, m, pool, stats, e);
-    if (s == PATCH_OK && mode != SIZED)
+    if (s == PATCH_OK && mode != SIZED && (s = work_begin(&q.work, m, pool, stats, e)) == PATCH_OK)
         s = metric == PATCH_LOGIT || metric == PATCH_LOGIT_DIFF
                 ? linear_metric(&q, values, e) : distribution_metric(&q, values, e);
     if (stats != NULL)
