@@ -67,9 +67,9 @@
 
 
 /* ==== 1. Platform ================================================================================
-   What is asked of the system: files, the clock, threads. (Chapter 5 asks what the processor has, 12
-   and 13 what files and terminals are.) A build without any of it still works: files are then read
-   instead of mapped, the clock is the processor's, and there is one thread. PATCH_BARE is for
+   What is asked of the system: files, the clock, threads. (Chapter 5 asks what the processor has,
+   12 and 13 what files and terminals are.) A build without any of it still works: files are then
+   read instead of mapped, the clock is the processor's, and there is one thread. PATCH_BARE is for
    machines that have neither files nor a heap: a model is opened from memory, with an allocator of
    the caller's (tests/embedded). */
 
@@ -448,7 +448,7 @@ static float half_to_float(uint32_t half) {
 static const Tensor *layer_tensor(const ModelFile *f, size_t layer, size_t which) {
     return &f->tensors[2 + layer * f->per_layer + which]; /* 2: wte and wpe */
 }
-static const Tensor *norm_tensor(const ModelFile *f, size_t layer, int second) { /* ln_1's, ln_2's */
+static const Tensor *norm_tensor(const ModelFile *f, size_t layer, int second) { /* or ln_1's */
     const size_t ln2 = f->processing ? (size_t)FOLD_LN2_W : (size_t)RAW_LN2_W;
     return layer_tensor(f, layer, second ? ln2 : 0);
 }
@@ -1106,8 +1106,8 @@ ALWAYS_INLINE void norm_scale_body(const float *x, size_t n, double eps, float *
     *scale = (float)sqrt(sum_power(x, n, mean_body(x, n), 2) / (double)n + eps);
 }
 
-/* y [n] = (x - mean) / scale; where the LayerNorm is not folded, times its weight and plus its bias:
-   ln [2,n], else NULL. */
+/* y [n] = (x - mean) / scale; where the LayerNorm is not folded, times its weight and plus its
+   bias: ln [2,n], else NULL. */
 ALWAYS_INLINE void normalize_body(const float *x, size_t n, float scale, const float *ln,
                                   float *y) {
     const double mean = mean_body(x, n), inverse = 1.0 / (double)scale;
