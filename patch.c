@@ -7558,7 +7558,7 @@ static int parse_head(const App *app, const char *text, size_t n, int letter, pa
 static patch_cell *parse_heads(App *app, const char *list, int letter, const char *option,
                                size_t *n) {
     const size_t every = app->L * app->H;
-    const int all = strcmp(list, "all") == 0;
+    const int all = !letter && strcmp(list, "all") == 0;
     patch_cell *cells = ROOM(patch_cell, strlen(list) + every);
     const char *word;
     size_t length;
