@@ -7576,7 +7576,7 @@ static int parse_head(const App *app, const char *text, size_t n, int letter, pa
     return used == n;
 }
 
-/* Heads parted by commas, or `all` of them. */
+/* Heads parted by commas, each once, or (without letters) `all` of them. */
 static patch_cell *parse_heads(App *app, const char *list, int letter, const char *option,
                                size_t *n) {
     const size_t every = app->L * app->H;
@@ -7584,13 +7584,22 @@ static patch_cell *parse_heads(App *app, const char *list, int letter, const cha
     const char *word;
     size_t length;
 
-    for (*n = 0; strcmp(list, "all") == 0 && *n < every; (*n)++)
-        cells[*n] = (patch_cell){PATCH_Z, (int)(*n / app->H), -1, (int)(*n % app->H), -1};
-    while (*n < every && next_word(&list, &word, &length))
-        if (!parse_head(app, word, length, letter, &cells[(*n)++]))
+    *n = 0;
+    if (!letter && strcmp(list, "all") == 0) {
+        for (; *n < every; (*n)++)
+            cells[*n] = (patch_cell){PATCH_Z, (int)(*n / app->H), -1, (int)(*n % app->H), -1};
+        return cells;
+    }
+    for (; next_word(&list, &word, &length); (*n)++) {
+        const int shown = length < 60 ? (int)length : 60;
+        if (!parse_head(app, word, length, letter, &cells[*n]))
             stop(app, PATCH_E_INPUT, option, "no %s %.*s in %d layers of %d heads; give them as %s",
-                 letter ? "q, k or v" : "head", (int)length, word, (int)app->L, (int)app->H,
+                 letter ? "q, k or v" : "head", shown, word, (int)app->L, (int)app->H,
                  letter ? "9.6.q,10.0.k" : "9.6,10.0");
+        for (size_t i = 0; i < *n; i++)
+            if (memcmp(&cells[i], &cells[*n], sizeof *cells) == 0)
+                stop(app, PATCH_E_INPUT, option, "%.*s stands there twice; leave one out", shown, word);
+    }
     return cells;
 }
 
