@@ -3489,6 +3489,7 @@ static patch_status check_examples(const Model *m, const patch_example *x, size_
     for (size_t run = 0; run < n; run++) {
         WITHIN("number of prompts",
                (x[run].clean != NULL) + (!both || x[run].corrupted != NULL), 2, 2);
+        WITHIN("number of tokens", x[run].n_tokens, 1, m->dims.n_ctx);
         WITHIN("answer", x[run].answer, 0, m->dims.d_vocab - 1);
         if (metric == PATCH_LOGIT_DIFF)
             WITHIN("wrong answer", x[run].wrong, 0, m->dims.d_vocab - 1);
@@ -3797,11 +3798,13 @@ patch_status patch_sweep_cells(const patch_model *m, const char *sweep, int n_to
     static const char letters[] = "lphds";
     static const char *const names[] = {"layer", "pos", "head", "dest", "src"};
     const struct SweepRule *rule = sweep_rules;
+    const size_t run = 0;
 
     while (rule < sweep_rules + SWEEPS && strcmp(sweep, rule->name) != 0)
         rule++;
     if (rule == sweep_rules + SWEEPS)
         return fail(e, PATCH_E_USAGE, sweep, "no sweep has this name; see `actpatch patch -h`");
+    WITHIN("number of tokens", n_tokens, 1, m->dims.n_ctx);
     *shape = (patch_shape){.n_cells = (size_t)rule->n_hooks};
     if (rule->n_hooks > 1) {
         shape->axes[0] = "kind";
@@ -4384,10 +4387,11 @@ static patch_status check_ablation(const Model *m, const patch_example *x, size_
                             cells[i].src, x[0].n_tokens, e);
     if (s != PATCH_OK)
         return s;
+    if ((int)o->by < 0 || o->by > PATCH_BY_NOISE)
+        return fail(e, PATCH_E_USAGE, "by", "unknown way %d; see patch_by", (int)o->by);
     WITHIN("number of groups", o->n_groups, 1, INT_MAX / 4);
     WITHIN("number of positions", o->n_positions, 0, o->positions ? INT_MAX / 4 : 0);
     for (run = 0; run < n; run++) {
-        WITHIN("number of tokens", x[run].n_tokens, 1, m->dims.n_ctx);
         WITHIN("number of tokens", x[run].n_tokens, x[0].n_tokens, x[0].n_tokens);
         if (o->by == PATCH_BY_RESAMPLE)
             WITHIN("partner", o->partner ? o->partner[run] : -1, 0, n - 1);
