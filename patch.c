@@ -139,6 +139,16 @@ typedef struct Map {
     int mapped;
 } Map;
 
+/* Does a pipe or a device stand under this name? To open it may wait for ever. */
+static int is_special(const char *path) {
+#ifdef PATCH_MMAP
+    struct stat facts;
+    return stat(path, &facts) == 0 && !S_ISREG(facts.st_mode) && !S_ISDIR(facts.st_mode);
+#else
+    return (void)path, 0;
+#endif
+}
+
 /* Map the whole of an ordinary file; 0 with errno where the system refuses. Without mmap only the
    size is found out, and map_read does the rest. */
 static int map_open(const char *path, Map *map) {
@@ -148,8 +158,10 @@ static int map_open(const char *path, Map *map) {
     errno = ENOENT;
     return 0;
 #else
-    FILE *file = fopen(path, "rb");
+    FILE *file = is_special(path) ? NULL : fopen(path, "rb");
 
+    if (file == NULL && is_special(path))
+        errno = EINVAL;
     if (file == NULL)
         return 0;
 #ifdef PATCH_MMAP
@@ -8781,7 +8793,7 @@ static size_t part_records(Part *p, const char *bytes, size_t n) {
    anew. */
 static void part_open(App *app, Part *p) {
     const char *die = getenv("ACTPATCH_DIE_AT_WRITE"); /* for the tests */
-    FILE *there = fopen(p->path, "rb");
+    FILE *there = is_special(p->path) ? NULL : fopen(p->path, "rb");
     size_t n = 0, sound = 0;
     const char *bytes = there != NULL ? read_file(app, p->path, &n) : "";
 

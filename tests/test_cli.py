@@ -657,6 +657,14 @@ class Outputs(Case):
             for words in (["diff", name], ["patch", name, "--sweep", "resid_pre"]):
                 error = self.refused(re.escape(path[:100]), *(words + ["-o", "good.npy", "-o", "old.npy", "-o", path]))
                 self.assertIn("cannot be written", error)
+        for path in ("pipe.npy", "null.npy"):  # neither replaced nor waited for
+            os.mkfifo(self.at(path)) if path == "pipe.npy" else os.symlink(os.devnull, self.at(path))
+            for words in (["diff", name], ["patch", name, "--sweep", "resid_pre"]):
+                self.refused("cannot be written", *(words + ["-o", "good.npy", "-o", path]))
+            os.rename(self.at(path), self.at("behind.npy.part"))
+            self.refused("cannot be written", "patch", name, "--sweep", "resid_pre", "-o", "behind.npy")
+            self.refused("not an ordinary file", "info", "-m", "behind.npy.part")
+            os.remove(self.at("behind.npy.part"))
         self.refused("no/f.bin", "fold", "-o", "no/f.bin")
         self.refused("no/c.safetensors", "cache", "--text", "a", "--names", "*", "-o", "no/c.safetensors")
 
