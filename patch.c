@@ -149,6 +149,19 @@ static int is_special(const char *path) {
 #endif
 }
 
+#ifndef PATCH_NO_MAIN
+/* Do two names stand for one file? */
+static int is_same_file(const char *a, const char *b) {
+#ifdef PATCH_MMAP
+    struct stat one, other;
+    return stat(a, &one) == 0 && stat(b, &other) == 0 && one.st_dev == other.st_dev &&
+           one.st_ino == other.st_ino;
+#else
+    return strcmp(a, b) == 0;
+#endif
+}
+#endif
+
 /* Map the whole of an ordinary file; 0 with errno where the system refuses. Without mmap only the
    size is found out, and map_read does the rest. */
 static int map_open(const char *path, Map *map) {
@@ -9332,9 +9345,12 @@ static void run_command(App *app, int argc, char **argv) {
         command_help(app->command);
         return;
     }
-    for (size_t i = 0; i < app->outputs.n;
-         i++) { /* a folder that refuses does so before the work */
-        must(app, out_open(&app->out, app->outputs.items[i], &app->e));
+    for (size_t i = 0; i < app->outputs.n; i++) { /* a folder that refuses does so before the work */
+        const char *path = app->outputs.items[i];
+        for (size_t k = 0; k < app->operands.n; k++)
+            if (is_same_file(app->operands.items[k], path))
+                stop(app, PATCH_E_INPUT, path, "it is what is read; name another output");
+        must(app, out_open(&app->out, path, &app->e));
         out_drop(&app->out);
     }
     if (strchr(app->command->accepts, 'M') != NULL)

@@ -726,6 +726,17 @@ class Outputs(Case):
         self.assertNotEqual(self.read("x.json"), b"old")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no /dev/full")
+    def test_prompts_are_never_overwritten(self):
+        """An output that is the file of prompts, by whatever name, is an error, and the prompts stay."""
+        for name, words in (("in.csv", ["diff"]), ("in.npy", ["patch", "--sweep", "resid_pre"]), ("in.html", ["report"])):
+            os.rename(self.at(self.tsv([ROW])), self.at(name))
+            before = self.read(name)
+            os.symlink(name, self.at("link-" + name))
+            for output in (name, "./" + name, "link-" + name):
+                self.refused("it is what is read, ", *(words + [name, "-o", output]))
+            self.assertEqual(self.read(name), before)
+            self.assertEqual([file for file in self.files() if ".tmp" in file or ".part" in file], [])
+
     def test_standard_output_that_is_full(self):
         """What could not be printed is an error too."""
         printers = [words for words, endings in WRITERS if ".csv" in endings]
