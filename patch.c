@@ -7627,7 +7627,8 @@ static patch_cell *parse_heads(App *app, const char *list, int letter, const cha
                  letter ? "9.6.q,10.0.k" : "9.6,10.0");
         for (size_t i = 0; i < *n; i++)
             if (memcmp(&cells[i], &cells[*n], sizeof *cells) == 0)
-                stop(app, PATCH_E_INPUT, option, "%.*s stands there twice; leave one out", shown, word);
+                stop(app, PATCH_E_INPUT, option, "%.*s stands there twice; leave one out", shown,
+                     word);
     }
     return cells;
 }
@@ -9345,7 +9346,7 @@ static void run_command(App *app, int argc, char **argv) {
         command_help(app->command);
         return;
     }
-    for (size_t i = 0; i < app->outputs.n; i++) { /* a folder that refuses does so before the work */
+    for (size_t i = 0; i < app->outputs.n; i++) { /* who refuses does so before the work */
         const char *path = app->outputs.items[i];
         for (size_t k = 0; k < app->operands.n; k++)
             if (is_same_file(app->operands.items[k], path))

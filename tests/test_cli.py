@@ -728,7 +728,8 @@ class Outputs(Case):
     @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no /dev/full")
     def test_prompts_are_never_overwritten(self):
         """An output that is the file of prompts, by whatever name, is an error, and the prompts stay."""
-        for name, words in (("in.csv", ["diff"]), ("in.npy", ["patch", "--sweep", "resid_pre"]), ("in.html", ["report"])):
+        for name, words in (("in.csv", ["diff"]), ("in.npy", ["patch", "--sweep", "resid_pre"]),
+                            ("in.html", ["report"])):
             os.rename(self.at(self.tsv([ROW])), self.at(name))
             before = self.read(name)
             os.symlink(name, self.at("link-" + name))
