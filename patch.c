@@ -140,6 +140,29 @@ typedef struct Map {
     int mapped;
 } Map;
 
+/* Does a pipe or a device stand under this name? To open it may wait for ever. */
+static int is_special(const char *path) {
+#ifdef PATCH_MMAP
+    struct stat facts;
+    return stat(path, &facts) == 0 && !S_ISREG(facts.st_mode) && !S_ISDIR(facts.st_mode);
+#else
+    return (void)path, 0;
+#endif
+}
+
+#ifndef PATCH_NO_MAIN
+/* Do two names stand for one file? */
+static int is_same_file(const char *a, const char *b) {
+#ifdef PATCH_MMAP
+    struct stat one, other;
+    return stat(a, &one) == 0 && stat(b, &other) == 0 && one.st_dev == other.st_dev &&
+           one.st_ino == other.st_ino;
+#else
+    return strcmp(a, b) == 0;
+#endif
+}
+#endif
+
 /* Map the whole of an ordinary file; 0 with errno where the system refuses. Without mmap only the
    size is found out, and map_read does the rest. */
 static int map_open(const char *path, Map *map) {
@@ -149,7 +172,10 @@ static int map_open(const char *path, Map *map) {
     errno = ENOENT;
     return 0;
 #else
-    FILE *file = fopen(path, "rb");
+    FILE *file = is_special(path) ? NULL : fopen(path, "rb");
+
+    if (file == NULL && is_special(path))
+        errno = EINVAL;
     if (file == NULL)
         return 0;
 #ifdef PATCH_MMAP
@@ -3477,6 +3503,7 @@ static patch_status check_examples(const Model *m, const patch_example *x, size_
     for (size_t run = 0; run < n; run++) {
         WITHIN("number of prompts",
                (x[run].clean != NULL) + (!both || x[run].corrupted != NULL), 2, 2);
+        WITHIN("number of tokens", x[run].n_tokens, 1, m->dims.n_ctx);
         WITHIN("answer", x[run].answer, 0, m->dims.d_vocab - 1);
         if (metric == PATCH_LOGIT_DIFF)
             WITHIN("wrong answer", x[run].wrong, 0, m->dims.d_vocab - 1);
@@ -3778,11 +3805,12 @@ patch_status patch_sweep_cells(const patch_model *m, const char *sweep, int n_to
     static const char *const names[] = {"layer", "pos", "head", "dest", "src"};
     const struct SweepRule *rule = sweep_rules;
     const size_t run = 0;
-    WITHIN("number of tokens", n_tokens, 1, INT_MAX / 4);
+
     while (rule < sweep_rules + SWEEPS && strcmp(sweep, rule->name) != 0)
         rule++;
     if (rule == sweep_rules + SWEEPS)
         return fail(e, PATCH_E_USAGE, sweep, "no sweep has this name; see `actpatch patch -h`");
+    WITHIN("number of tokens", n_tokens, 1, m->dims.n_ctx);
     *shape = (patch_shape){.n_cells = (size_t)rule->n_hooks};
     if (rule->n_hooks > 1) {
         shape->axes[0] = "kind";
@@ -4366,11 +4394,11 @@ static patch_status check_ablation(const Model *m, const patch_example *x, size_
                             cells[i].src, x[0].n_tokens, e);
     if (s != PATCH_OK)
         return s;
-    WITHIN("way of ablation", o->by, PATCH_BY_ZERO, PATCH_BY_NOISE);
+    if ((int)o->by < 0 || o->by > PATCH_BY_NOISE)
+        return fail(e, PATCH_E_USAGE, "by", "unknown way %d; see patch_by", (int)o->by);
     WITHIN("number of groups", o->n_groups, 1, INT_MAX / 4);
     WITHIN("number of positions", o->n_positions, 0, o->positions ? INT_MAX / 4 : 0);
     for (run = 0; run < n; run++) {
-        WITHIN("number of tokens", x[run].n_tokens, 1, m->dims.n_ctx);
         WITHIN("number of tokens", x[run].n_tokens, x[0].n_tokens, x[0].n_tokens);
         if (o->by == PATCH_BY_RESAMPLE)
             WITHIN("partner", o->partner ? o->partner[run] : -1, 0, n - 1);
@@ -7554,22 +7582,31 @@ static int parse_head(const App *app, const char *text, size_t n, int letter, pa
     return used == n;
 }
 
-/* Heads parted by commas, or `all` of them. */
+/* Heads parted by commas, each once, or (without letters) `all` of them. */
 static patch_cell *parse_heads(App *app, const char *list, int letter, const char *option,
                                size_t *n) {
     const size_t every = app->L * app->H;
-    const int all = !letter && strcmp(list, "all") == 0;
     patch_cell *cells = ROOM(patch_cell, strlen(list) + every);
     const char *word;
     size_t length;
 
-    for (*n = 0; all && *n < every; (*n)++)
-        cells[*n] = (patch_cell){PATCH_Z, (int)(*n / app->H), -1, (int)(*n % app->H), -1};
-    while (!all && next_word(&list, &word, &length))
-        if (!parse_head(app, word, length, letter, &cells[(*n)++]))
+    *n = 0;
+    if (!letter && strcmp(list, "all") == 0) {
+        for (; *n < every; (*n)++)
+            cells[*n] = (patch_cell){PATCH_Z, (int)(*n / app->H), -1, (int)(*n % app->H), -1};
+        return cells;
+    }
+    for (; next_word(&list, &word, &length); (*n)++) {
+        const int shown = length < 60 ? (int)length : 60;
+        if (!parse_head(app, word, length, letter, &cells[*n]))
             stop(app, PATCH_E_INPUT, option, "no %s %.*s in %d layers of %d heads; give them as %s",
-                 letter ? "q, k or v" : "head", (int)length, word, (int)app->L, (int)app->H,
+                 letter ? "q, k or v" : "head", shown, word, (int)app->L, (int)app->H,
                  letter ? "9.6.q,10.0.k" : "9.6,10.0");
+        for (size_t i = 0; i < *n; i++)
+            if (memcmp(&cells[i], &cells[*n], sizeof *cells) == 0)
+                stop(app, PATCH_E_INPUT, option, "%.*s stands there twice; leave one out", shown,
+                     word);
+    }
     return cells;
 }
 
@@ -8747,7 +8784,7 @@ static size_t part_records(Part *p, const char *bytes, size_t n) {
    anew. */
 static void part_open(App *app, Part *p) {
     const char *die = getenv("ACTPATCH_DIE_AT_WRITE"); /* for the tests */
-    FILE *there = fopen(p->path, "rb");
+    FILE *there = is_special(p->path) ? NULL : fopen(p->path, "rb");
     size_t n = 0, sound = 0;
     const char *bytes = there != NULL ? read_file(app, p->path, &n) : "";
 
@@ -9036,6 +9073,7 @@ static size_t merge_begin(App *app, const char *head, const char *path, Sweeps *
     app->normalize = (int)head_count(app, head, "normalize", 0, 1, path);
     app->per_prompt = (int)head_count(app, head, "per-prompt", 0, 1, path);
     app->sweeps = head_text(app, head, "sweeps");
+    shape->dims.n_ctx = (int)T;
     shape->file.L = app->L;
     shape->file.H = app->H;
     for (size_t i = 0; i < T; i++) {
@@ -9286,9 +9324,12 @@ static void run_command(App *app, int argc, char **argv) {
         command_help(app->command);
         return;
     }
-    for (size_t i = 0; i < app->outputs.n;
-         i++) { /* a folder that refuses does so before the work */
-        must(app, out_open(&app->out, app->outputs.items[i], &app->e));
+    for (size_t i = 0; i < app->outputs.n; i++) { /* who refuses does so before the work */
+        const char *path = app->outputs.items[i];
+        for (size_t k = 0; k < app->operands.n; k++)
+            if (is_same_file(app->operands.items[k], path))
+                stop(app, PATCH_E_INPUT, path, "it is what is read; name another output");
+        must(app, out_open(&app->out, path, &app->e));
         out_drop(&app->out);
     }
     if (strchr(app->command->accepts, 'M') != NULL)

@@ -351,7 +351,7 @@ typedef struct patch_shape {
 const char *patch_sweep_name(size_t i);
 
 /* Shape of a sweep over prompts of n_tokens tokens, and where cells != NULL its cells, row-major:
-   shape->n_cells of them. Errors: USAGE, an unknown name; INPUT, no tokens. */
+   shape->n_cells of them. Errors: USAGE, an unknown name; INPUT, n_tokens not within 1..n_ctx. */
 patch_status patch_sweep_cells(const patch_model *model, const char *sweep, int n_tokens,
                                patch_shape *shape, patch_cell *cells, patch_error *error);
 

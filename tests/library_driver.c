@@ -843,7 +843,14 @@ static void wrong_cells(World *w) {
     REFUSED("layer n_layers, brute", patch_cells(w->model, &x, 1, cells, 2, &o, values, NULL, error), PATCH_E_INPUT);
     check(patch_measure(w->model, NULL, 0, PATCH_KL, out, NULL, NULL) == PATCH_OK, "no examples are an error");
     REFUSED("an unknown sweep", patch_sweep_cells(w->model, "resid", T, &shape, NULL, error), PATCH_E_USAGE);
-    REFUSED("a sweep of no tokens", patch_sweep_cells(w->model, "resid_pre", 0, &shape, NULL, error), PATCH_E_INPUT);
+    REFUSED("a sweep over no tokens", patch_sweep_cells(w->model, "resid_pre", 0, &shape, NULL, error),
+            PATCH_E_INPUT);
+    REFUSED("a sweep over INT_MAX tokens",
+            patch_sweep_cells(w->model, "attn_head_pattern_dest_src_pos", INT_MAX, &shape, NULL, error),
+            PATCH_E_INPUT);
+    x.n_tokens = INT_MIN;
+    REFUSED("INT_MIN tokens", patch_measure(w->model, &x, 1, PATCH_LOGIT, values, NULL, error), PATCH_E_INPUT);
+    x.n_tokens = w->x[0].n_tokens;
     REFUSED("a glob that matches nothing",
             patch_run_with_cache(w->model, w->tokens[0], 1, T, globs, 2, NULL, &cache, error), PATCH_E_INPUT);
     check(cache == NULL, "a cache after an error");
@@ -890,8 +897,12 @@ static void wrong_analyses(World *w) {
     REFUSED("no samples", patch_trace(w->model, &fact, &o, &a, &b, cells, NULL, error), PATCH_E_INPUT);
     cell.hook = PATCH_Z;
     cell.src = -1;
-    by.by = PATCH_BY_RESAMPLE;
     by.n_groups = 1;
+    by.by = (patch_by)(PATCH_BY_NOISE + 1);
+    REFUSED("way 4", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error), PATCH_E_USAGE);
+    by.by = (patch_by)-1;
+    REFUSED("way -1", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error), PATCH_E_USAGE);
+    by.by = PATCH_BY_RESAMPLE;
     by.partner = partner;
     REFUSED("a partner that is none", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error),
             PATCH_E_INPUT);
@@ -899,8 +910,6 @@ static void wrong_analyses(World *w) {
     REFUSED("no partners", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error),
             PATCH_E_INPUT);
     by.by = (patch_by)(PATCH_BY_NOISE + 1);
-    REFUSED("no such way", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error),
-            PATCH_E_INPUT);
     by.by = PATCH_BY_ZERO;
     by.positions = positions;
     by.n_positions = 2;

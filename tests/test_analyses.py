@@ -670,6 +670,12 @@ class AblateLists(Case):
             self.fails(prompts("odd"), "-m", flat_file("odd"), "--heads", "0.1," + head, "--by", "zero", "-o",
                        at("h.npy"), says=[head])
 
+    def test_a_head_that_stands_there_twice(self):
+        """Status 1: with --keep its minimality would be 0, since its twin is kept."""
+        for more in ([], ["--keep"]):
+            self.fails(prompts("odd"), "-m", flat_file("odd"), "--heads", "0.1,2.0,0.1", "-o", at("h.npy"), *more,
+                       says=["0.1", "twice", "--heads"])
+
 
 # ---- path ---------------------------------------------------------------------------------------------------
 
@@ -754,6 +760,18 @@ class Path(Case):
                     to.rsplit(".", 1)[0]])
         for to in ("1.0.x", "1.0", "q", ""):
             self.fails(prompts("odd"), "-m", flat_file("odd"), "--to", to, "-o", at("q.npy"), status=(1, 2))
+
+    def test_more_receivers_than_heads(self):
+        """A list of receivers is read to its end, however long; one that stands there twice is an error."""
+        every = ["%d.%d.%s" % (layer, head, letter) for letter in "qkv" for layer in range(3) for head in range(3)]
+        forth = self.values(prompts("odd"), "--to", ",".join(every))
+        self.assertEqual(self.values(prompts("odd"), "--to", ",".join(reversed(every))), forth)
+        self.assertNotEqual(self.values(prompts("odd"), "--to", ",".join(every[:9])), forth)
+        for last in ("x", "99.0.q", ""):
+            self.fails(prompts("odd"), "-m", flat_file("odd"), "--to", ",".join(every + [last]), "-o", at("q.npy"))
+        self.fails(prompts("odd"), "-m", flat_file("odd"), "--to", "1.0.q,2.1.k,1.0.q", "-o", at("q.npy"),
+                   says=["1.0.q", "twice"])
+        self.fails(prompts("odd"), "-m", flat_file("odd"), "--to", "all", "-o", at("q.npy"), says=["--to"])
 
 
 # ---- lens ---------------------------------------------------------------------------------------------------

@@ -657,6 +657,14 @@ class Outputs(Case):
             for words in (["diff", name], ["patch", name, "--sweep", "resid_pre"]):
                 error = self.refused(re.escape(path[:100]), *(words + ["-o", "good.npy", "-o", "old.npy", "-o", path]))
                 self.assertIn("cannot be written", error)
+        for path in ("pipe.npy", "null.npy"):  # neither replaced nor waited for
+            os.mkfifo(self.at(path)) if path == "pipe.npy" else os.symlink(os.devnull, self.at(path))
+            for words in (["diff", name], ["patch", name, "--sweep", "resid_pre"]):
+                self.refused("cannot be written", *(words + ["-o", "good.npy", "-o", path]))
+            os.rename(self.at(path), self.at("behind.npy.part"))
+            self.refused("cannot be written", "patch", name, "--sweep", "resid_pre", "-o", "behind.npy")
+            self.refused("not an ordinary file", "info", "-m", "behind.npy.part")
+            os.remove(self.at("behind.npy.part"))
         self.refused("no/f.bin", "fold", "-o", "no/f.bin")
         self.refused("no/c.safetensors", "cache", "--text", "a", "--names", "*", "-o", "no/c.safetensors")
 
@@ -718,6 +726,18 @@ class Outputs(Case):
         self.assertNotEqual(self.read("x.json"), b"old")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no /dev/full")
+    def test_prompts_are_never_overwritten(self):
+        """An output that is the file of prompts, by whatever name, is an error, and the prompts stay."""
+        for name, words in (("in.csv", ["diff"]), ("in.npy", ["patch", "--sweep", "resid_pre"]),
+                            ("in.html", ["report"])):
+            os.rename(self.at(self.tsv([ROW])), self.at(name))
+            before = self.read(name)
+            os.symlink(name, self.at("link-" + name))
+            for output in (name, "./" + name, "link-" + name):
+                self.refused("it is what is read, ", *(words + [name, "-o", output]))
+            self.assertEqual(self.read(name), before)
+            self.assertEqual([file for file in self.files() if ".tmp" in file or ".part" in file], [])
+
     def test_standard_output_that_is_full(self):
         """What could not be printed is an error too."""
         printers = [words for words, endings in WRITERS if ".csv" in endings]
