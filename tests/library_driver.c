@@ -909,7 +909,6 @@ static void wrong_analyses(World *w) {
     by.partner = NULL;
     REFUSED("no partners", patch_ablate(w->model, w->x, B, &cell, sets, 1, &by, values, NULL, NULL, error),
             PATCH_E_INPUT);
-    by.by = (patch_by)(PATCH_BY_NOISE + 1);
     by.by = PATCH_BY_ZERO;
     by.positions = positions;
     by.n_positions = 2;
