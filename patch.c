@@ -1049,7 +1049,8 @@ ALWAYS_INLINE float exp_float(float input) {
     x.u = clamp_bits(x.u, 0xC2D00000u, 0xFF800000u); /* -104 .. -infinity become -104 */
     const Bits t = {x.f * 1.44269504f + magic};
     const int32_t n = (int32_t)t.u - 0x4B400000; /* less the bits of magic itself */
-    const float r = x.f - (t.f - magic) * 0.693359375f - (t.f - magic) * -2.12194440e-4f;
+    const float whole = (float)n; /* t.f - magic, of which x87 would keep more digits than t has */
+    const float r = x.f - whole * 0.693359375f - whole * -2.12194440e-4f;
     float p = 1.9875691500e-4f * r + 1.3981999507e-3f;
     p = (p * r + 8.3334519073e-3f) * r + 4.1665795894e-2f;
     p = (p * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
@@ -1250,7 +1251,9 @@ ALWAYS_INLINE void plain_body(TILE_PARAMETERS, size_t rows, size_t cols) {
     static const Kernels kernels_##T = {#T, ROWS, COLS, tile_##T, plain_##T,                       \
                                         KERNELS(KERNEL_NAME, T, )};
 
-#if defined(__GNUC__) && !defined(__TINYC__) && !defined(PATCH_PLAIN)
+/* Where float arithmetic has more digits than float (x87; s390x in the ISO modes), gcc refuses to
+   multiply a float by a vector of them. */
+#if defined(__GNUC__) && !defined(__TINYC__) && !defined(PATCH_PLAIN) && FLT_EVAL_METHOD == 0
 #define BASELINE kernels_vector
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
