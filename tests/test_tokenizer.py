@@ -93,7 +93,7 @@ def section(tokens, merges, eot, reserved=0):
 # ---- talking to the driver ----------------------------------------------------------------------------
 
 def drive(mode, requests, name="gpt2", kind="plain"):
-    stdin = b"".join(struct.pack("=I", len(r)) + r for r in requests)
+    stdin = b"".join(struct.pack("<I", len(r)) + r for r in requests)
     done = subprocess.run([compile_driver(kind), "-" if mode == "read" else section_file(name), mode],
                           input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
@@ -105,6 +105,8 @@ def drive(mode, requests, name="gpt2", kind="plain"):
 def numbers(data):
     words = array.array("I", data)
     assert words.itemsize == 4
+    if sys.byteorder == "big":
+        words.byteswap()
     return words
 
 
