@@ -168,7 +168,7 @@ class Encoding(unittest.TestCase):
         """All of Unicode: each code point alone, between letters, after a space, between digit and mark."""
         data, at, wrong = drive("points", []), 0, []
         for first, crc in zip(range(0, 0x110000, 256), golden("tokenizer-points.bin")):
-            size, = struct.unpack_from("=I", data, at)
+            size, = struct.unpack_from("<I", data, at)
             words = numbers(data[at + 4:at + 4 + size])
             if sys.byteorder == "big":
                 words.byteswap()
@@ -199,7 +199,7 @@ class Encoding(unittest.TestCase):
         """tokenizer_token gives the bytes of every id; encoding them gives tokens of the same bytes."""
         data, at, got = drive("tokens", []), 0, []
         while at < len(data):
-            size, = struct.unpack_from("=I", data, at)
+            size, = struct.unpack_from("<I", data, at)
             got.append(data[at + 4:at + 4 + size])
             at += 4 + size
         self.assertEqual(got, self.tokens)
