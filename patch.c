@@ -108,6 +108,50 @@
 #include <sys/mman.h>
 #endif
 
+#ifdef _WIN32 /* Its own functions take the ANSI code page; names are UTF-8 here, as everywhere. */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <fcntl.h>
+#include <io.h>
+#include <shellapi.h>
+#include <sys/stat.h>
+#undef OUT /* an empty word there, a region of a row in chapter 8 */
+
+enum { WIDE_ROOM = 4096 }; /* UTF-16 units of a path */
+
+static const wchar_t *wide(const char *utf8, wchar_t out[WIDE_ROOM]) {
+    if (MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, utf8, -1, out, WIDE_ROOM) == 0)
+        *out = 0; /* the empty name, which no file has */
+    return out;
+}
+
+/* fopen; x is C11's, which the system's old library does not know. */
+static FILE *open_utf8(const char *path, const char *mode) {
+    wchar_t name[WIDE_ROOM], how[WIDE_ROOM];
+    const int made = strchr(mode, 'x') == NULL ? 0 :
+        _wopen(wide(path, name), _O_CREAT | _O_EXCL | _O_RDWR | _O_BINARY, _S_IREAD | _S_IWRITE);
+
+    if (made < 0)
+        return NULL;
+    return made > 0 ? _fdopen(made, "wb") : _wfopen(wide(path, name), wide(mode, how));
+}
+
+static int remove_utf8(const char *path) {
+    wchar_t name[WIDE_ROOM];
+    return _wremove(wide(path, name));
+}
+
+/* rename as POSIX has it: over a file that is there. */
+static int rename_utf8(const char *from, const char *to) {
+    wchar_t old[WIDE_ROOM], new[WIDE_ROOM];
+    errno = EACCES;
+    return MoveFileExW(wide(from, old), wide(to, new), MOVEFILE_REPLACE_EXISTING) ? 0 : -1;
+}
+#define fopen open_utf8
+#define remove remove_utf8
+#define rename rename_utf8
+#endif
+
 /* PARALLEL(threads, schedule(...)) in front of a loop: OpenMP's pragma where the compiler has it.
    now() counts seconds: of the wall clock with OpenMP, of the processor without. */
 #ifdef _OPENMP
@@ -9299,9 +9343,34 @@ static void run_command(App *app, int argc, char **argv) {
     app->command->run(app);
 }
 
+#ifdef _WIN32
+/* The arguments in UTF-8, and streams that pass on every byte, shown as UTF-8; NULL: no memory. */
+static char **windows_arguments(int *argc) {
+    wchar_t **words = CommandLineToArgvW(GetCommandLineW(), argc);
+    char **argv = words != NULL ? calloc((size_t)*argc + 1, sizeof *argv) : NULL;
+
+    for (int i = 0; argv != NULL && i < *argc; i++) {
+        const int n = WideCharToMultiByte(CP_UTF8, 0, words[i], -1, NULL, 0, NULL, NULL);
+        if ((argv[i] = malloc((size_t)n + 1)) == NULL)
+            return NULL;
+        WideCharToMultiByte(CP_UTF8, 0, words[i], -1, argv[i], n, NULL, NULL);
+    }
+    for (char *c = argv != NULL && *argc > 0 ? argv[0] : NULL; c != NULL && *c != '\0'; c++)
+        *c = *c == '\\' ? '/' : *c; /* bundled() looks for the last slash */
+    for (int stream = 0; stream < 3; stream++)
+        _setmode(stream, _O_BINARY);
+    SetConsoleOutputCP(CP_UTF8);
+    return argv;
+}
+#endif
+
 int main(int argc, char **argv) {
     App app = {0};
 
+#ifdef _WIN32
+    if ((argv = windows_arguments(&argc)) == NULL)
+        return 1;
+#endif
 #if HAS_POSIX && defined(SIGBUS)
     signal(SIGBUS, on_bus_error);
 #endif
