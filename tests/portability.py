@@ -182,7 +182,7 @@ def levels(compiler, std):
         passed = 0
         for level in "0123":
             program = build("%s-%s-O%s" % (compiler, std, level), [compiler], ["-std=" + std, "-pedantic", "-O" + level] + WARN)
-            passed += run_tests(program, WHOLE if level == "2" else QUICK, compiler)
+            passed += run_tests(program, CORE if level == "2" else QUICK, compiler)
         return "%s, -O0 -O1 -O2 -O3, no warning, %d tests, %s" % (version(compiler), passed, figure(program))
     return run
 
@@ -192,7 +192,7 @@ for _cc in ("gcc", "clang"):
         row("%s-%s" % (_cc, _std), "%s -std=%s -pedantic, without OpenMP" % (_cc, _std), _cc + " libc6-dev")(levels(_cc, _std))
 
 
-def variant(name, compiler, flags, packages, tests=CORE, libraries=(), what=None):
+def variant(name, compiler, flags, packages, tests=QUICK + TOKENIZER, libraries=(), what=None):
     @row(name, what or "%s %s" % (compiler, " ".join(flags[:3] if flags[0] != "-m32" else ["-m32"])), packages)
     def run():
         links([compiler] + flags, *libraries)
@@ -211,12 +211,12 @@ variant("clang-schar", "clang", ["-std=gnu99", "-fsigned-char"], "clang libc6-de
 variant("clang-uchar", "clang", ["-std=gnu99", "-funsigned-char"], "clang libc6-dev")
 variant("gcc-contract", "gcc", ["-std=gnu99", "-ffp-contract=off"], "gcc libc6-dev")
 variant("clang-contract", "clang", ["-std=gnu99", "-ffp-contract=off"], "clang libc6-dev")
-variant("gcc-m32", "gcc", M32 + ["-std=gnu99"], "gcc libc6-dev-i386 lib32gcc-12-dev", what="gcc -m32, 80-bit x87 arithmetic")
+variant("gcc-m32", "gcc", M32 + ["-std=gnu99"], "gcc libc6-dev-i386 lib32gcc-12-dev", tests=CORE, what="gcc -m32, 80-bit x87 arithmetic")
 variant("gcc-m32-sse", "gcc", M32 + ["-std=c99", "-pedantic", "-msse2", "-mfpmath=sse"], "gcc libc6-dev-i386 lib32gcc-12-dev",
         what="gcc -m32 -msse2 -mfpmath=sse -std=c99")
 variant("clang-m32", "clang", M32 + ["-std=c99", "-pedantic"], "clang libc6-dev-i386 lib32gcc-12-dev", what="clang -m32 -std=c99")
-variant("tcc", "tcc", ["-std=c99"], "tcc libc6-dev", tests=QUICK + TOKENIZER, what="tcc")
-variant("musl", "musl-gcc", ["-static", "-std=c99", "-pedantic"], "musl-tools", what="musl-gcc -static")
+variant("tcc", "tcc", ["-std=c99"], "tcc libc6-dev", what="tcc")
+variant("musl", "musl-gcc", ["-static", "-std=c99", "-pedantic"], "musl-tools", tests=CORE, what="musl-gcc -static")
 
 CPP = r"""#include "patch.h"
 #include <stdio.h>
@@ -277,6 +277,142 @@ processor("aarch64", "aarch64-linux-gnu", "qemu-aarch64", "gcc-aarch64-linux-gnu
 processor("armhf", "arm-linux-gnueabihf", "qemu-arm", "gcc-arm-linux-gnueabihf libc6-dev-armhf-cross", "32 bits, char is unsigned")
 processor("riscv64", "riscv64-linux-gnu", "qemu-riscv64", "gcc-riscv64-linux-gnu libc6-dev-riscv64-cross", "no vectors")
 processor("ppc64le", "powerpc64le-linux-gnu", "qemu-ppc64le", "gcc-powerpc64le-linux-gnu libc6-dev-ppc64el-cross", "char is unsigned")
+
+# ---- other systems ---------------------------------------------------------------------------------------
+
+WINE = "/usr/lib/wine/wine64"  # the package's script of that name speaks on stderr where the 32-bit one is missing
+NAME = "na\u00efve \u65e5\u672c \U0001f600"
+
+
+@row("mingw", "Windows: MinGW-w64, run by Wine", "gcc-mingw-w64-x86-64 wine wine64")
+def mingw():
+    compiler = "x86_64-w64-mingw32-gcc"
+    need(compiler)
+    # Its isfinite and isnan choose by size and so convert a double in a branch that is never taken.
+    flags = WARN + ["-Wno-float-conversion"]
+    program = build("mingw", [compiler], ["-std=gnu99", "-O2"] + flags)
+    silent([compiler, "-std=c99", "-pedantic", "-O1"] + flags + ["-c", os.path.join(ROOT, "patch.c"), "-o", program + ".o"])
+    os.rename(program + ".exe" if os.path.exists(program + ".exe") else program, program + ".exe")
+    if not os.path.exists(WINE):
+        raise Skip("compiled without a warning, but no Wine here to run it")
+    path = os.path.dirname(program)
+    prefix = "export WINEPREFIX=%s WINEDEBUG=-all; " % shlex.quote(os.path.join(path, "wine"))
+    # Wine's own servers keep the streams of whoever started them, so these must not be pipes.
+    wrapper = script(os.path.join(path, "actpatch"), prefix + """
+said=$(mktemp -d)
+%s %s "$@" > "$said/out" 2> "$said/error"
+status=$?
+cat "$said/out"; cat "$said/error" >&2; rm -r "$said"
+exit $status""" % (WINE, shlex.quote(program + ".exe")))
+    try:
+        status, said = command([wrapper, "--version"], 120)  # the first call makes Wine's folder and speaks
+        status, said = command([wrapper, "--version"], 60)
+        if status or "\r" in said or not said.startswith("actpatch "):
+            raise Skip("compiled without a warning, but Wine does not start here: %s" % said.strip()[-200:])
+        passed = run_tests(wrapper, ["test_golden.Diff", "test_golden.Cache.test_odd_default", "test_golden.Sweeps.test_odd_default",
+                                     "test_golden.Rest", "test_cli.Models.test_truncated_files",
+                                     "test_cli.Models.test_info", "test_cli.Prompts.test_columns", "test_cli.Texts.test_tokens",
+                                     "test_cli.Texts.test_top"])
+        prompts, table = os.path.join(path, NAME + ".tsv"), os.path.join(path, NAME + ".csv")
+        shutil.copy(os.path.join(TESTS, "tiny", "ioi.tsv"), prompts)
+        for _ in range(2):  # the second replaces the first
+            must([wrapper, "diff", prompts, "-o", table])
+        with open(table, "rb") as f:
+            lines = f.read().split(b"\n")
+        if len(lines) != 11 or b"\r" in b"".join(lines):
+            raise Bad("%s: %r" % (table, lines))
+        return "gcc %s, Wine %s, no warning, %d tests, names and text in UTF-8, %s" % (
+            must([compiler, "-dumpversion"]).strip(), version(WINE), passed, figure(wrapper))
+    finally:
+        command(["sh", "-c", prefix + "%s -k" % os.path.join(os.path.dirname(WINE), "wineserver")], 60)
+
+
+NODE = r"""
+import { readFileSync } from 'node:fs';
+import { WASI } from 'node:wasi';
+const [, , file, ...words] = process.argv;
+const open = Object.fromEntries(['.', ...process.env.PREOPEN.split(':')].map((path) => [path, path]));
+const wasi = new WASI({ version: 'preview1', args: [file, ...words], env: process.env, preopens: open, returnOnExit: true });
+const module = await WebAssembly.compile(readFileSync(file));
+process.exitCode = wasi.start(await WebAssembly.instantiate(module, { wasi_snapshot_preview1: wasi.wasiImport }));
+"""
+
+
+@row("wasm", "WebAssembly: clang and wasi-libc, run by node", "clang lld wasi-libc libclang-rt-14-dev-wasm32 nodejs")
+def wasm():
+    emulations = ["signal", "process-clocks"]
+    flags = ["-D_WASI_EMULATED_" + name.upper().replace("-", "_") for name in emulations]
+    libraries = ["-lwasi-emulated-" + name for name in emulations]
+    compiler = ["clang", "--target=wasm32-wasi"]
+    links(compiler)
+    program = build("wasm", compiler, flags + ["-std=c99", "-pedantic", "-O2"] + WARN, libraries)
+    need("node")
+    path = os.path.dirname(program)
+    with open(os.path.join(path, "run.mjs"), "w") as f:
+        f.write(NODE)
+    # Folders that it may enter; the root itself is none, as node 20 resolves no path below it.
+    runner = "env PREOPEN=%s node --no-warnings " % shlex.quote(tempfile.gettempdir() + ":" + ROOT) + shlex.quote(os.path.join(path, "run.mjs"))
+    wrapper = emulated(program, runner)
+    status, said = command([wrapper, "--version"])
+    if status:
+        raise Skip("compiled without a warning, but node's WASI does not run here: %s" % said.strip()[-200:])
+    return "clang %s, node %s, no warning, %d tests, %d kB, %s" % (
+        version("clang"), version("node"), run_tests(wrapper, ["test_golden.Diff", "test_golden.Cache.test_odd_default",
+        "test_golden.Sweeps.test_odd_default", "test_golden.Rest", "test_cli.Texts.test_tokens", "test_cli.Texts.test_top"]),
+        os.path.getsize(program) // 1000, figure(wrapper))
+
+
+@row("chroot", "a bare Debian with gcc, make and libc6-dev, without a network", "debootstrap")
+def chroot():
+    need("debootstrap", "unshare", "chroot")
+    if os.geteuid() != 0:
+        raise Skip("only root can make one")
+    root = os.path.join(work, "chroot")
+    with open("/etc/os-release") as f:
+        suite = re.search(r"VERSION_CODENAME=(\w+)", f.read() + "\nVERSION_CODENAME=stable").group(1)
+    status, said = command(["debootstrap", "--variant=minbase", "--include=gcc,make,libc6-dev", suite, root], 400)
+    if status:
+        raise Skip("debootstrap %s fails here: %s" % (suite, said.strip().splitlines()[-1][:200]))
+    try:
+        shutil.copytree(ROOT, os.path.join(root, "actpatch"), ignore=shutil.ignore_patterns(
+            ".git", "actpatch", "*.so", "build", "__pycache__"))
+        inside = ["unshare", "--net", "chroot", root, "/usr/bin/env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "sh", "-c"]
+        status, said = command(inside + ["true"])
+        if status:
+            raise Skip("no chroot without a network can be entered here: %s" % said.strip()[-200:])
+        if command(inside + ["command -v python3"])[0] == 0:
+            raise Bad("there is a python3 in the chroot")
+        made = must(inside + ["cd /actpatch && make 2>&1"])
+        if "warning" in made:
+            raise Bad(made)
+        shown = must(inside + ["cd /actpatch && make demo 2>&1"])
+        if "no Python" not in shown or "attn_head_out_all_pos" not in shown:
+            raise Bad(shown)
+        packages = must(inside + ["dpkg-query -W | wc -l"]).strip()
+        return "%s, %s packages, make: no warning, make demo: %d lines" % (suite, packages, len(shown.splitlines()))
+    finally:
+        with open("/proc/mounts") as f:  # debootstrap mounts /proc there, and normally unmounts it
+            for mounted in reversed([line.split()[1] for line in f if line.split()[1].startswith(root + "/")]):
+                command(["umount", mounted])
+
+
+# ---- a small machine -------------------------------------------------------------------------------------
+
+
+@row("pi", "one resid_pre sweep, as for a Raspberry Pi: 128-bit vectors, one thread", "valgrind gcc libc6-dev time")
+def pi():
+    need("valgrind", "/usr/bin/time")
+    links(["gcc"])
+    program = build("pi", ["gcc"], ["-std=gnu99", "-O2"])
+    path = os.path.dirname(program)
+    sweep = [program, "patch", os.path.join(TESTS, "tiny", "ioi.tsv"), "--sweep", "resid_pre", "--threads", "1", "-o",
+             os.path.join(path, "pi.npy")]
+    environment = dict(os.environ, ACTPATCH_KERNELS="vector")
+    said = must(["valgrind", "--tool=callgrind", "--callgrind-out-file=" + os.path.join(path, "callgrind")] + sweep, env=environment)
+    instructions = int(re.search(r"Collected : (\d+)", said).group(1))
+    resident = int(must(["/usr/bin/time", "-f", "%M"] + sweep, env=environment).split()[-1])
+    return "%.0f million instructions, %.1f MB resident at most, file pages included" % (instructions / 1e6, resident / 1e3)
+
 
 # ---- what can never run here -------------------------------------------------------------------------
 
