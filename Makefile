@@ -4,6 +4,7 @@
 #   make [OPENMP=0] [CC=clang] [CFLAGS=-O2]    ./actpatch
 #   make lib                                   ./libactpatch.so, for Python's ctypes and other programs
 #   make test [MODEL=gpt2.bin]                 all that needs only cc, make and python3
+#   make portability [ROWS="s390x gcc"]        other compilers, processors and systems, as far as they are here
 #   make install [PREFIX=/usr/local] [DESTDIR=]
 
 CC ?= cc
@@ -63,6 +64,9 @@ pictures: actpatch
 bench: actpatch
 	@CC="$(CC)" $(PYTHON) tests/bench.py
 
+portability:
+	@$(PYTHON) tests/portability.py $(ROWS)
+
 install: actpatch lib
 	mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include/actpatch $(DESTDIR)$(PREFIX)/lib/pkgconfig \
 	  $(DESTDIR)$(PREFIX)/share/actpatch
@@ -83,4 +87,4 @@ uninstall:
 clean:
 	rm -rf actpatch libactpatch.so build
 
-.PHONY: all lib demo test test-core test-reference test-exhaustive fuzz pictures bench install uninstall clean
+.PHONY: all lib demo test test-core test-reference test-exhaustive fuzz pictures bench portability install uninstall clean

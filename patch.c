@@ -108,6 +108,50 @@
 #include <sys/mman.h>
 #endif
 
+#ifdef _WIN32 /* Its own functions take the ANSI code page; names are UTF-8 here, as everywhere. */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <fcntl.h>
+#include <io.h>
+#include <shellapi.h>
+#include <sys/stat.h>
+#undef OUT /* an empty word there, a region of a row in chapter 8 */
+
+enum { WIDE_ROOM = 4096 }; /* UTF-16 units of a path */
+
+static const wchar_t *wide(const char *utf8, wchar_t out[WIDE_ROOM]) {
+    if (MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, utf8, -1, out, WIDE_ROOM) == 0)
+        *out = 0; /* the empty name, which no file has */
+    return out;
+}
+
+/* fopen; x is C11's, which the system's old library does not know. */
+static FILE *open_utf8(const char *path, const char *mode) {
+    wchar_t name[WIDE_ROOM], how[WIDE_ROOM];
+    const int made = strchr(mode, 'x') == NULL ? 0 :
+        _wopen(wide(path, name), _O_CREAT | _O_EXCL | _O_RDWR | _O_BINARY, _S_IREAD | _S_IWRITE);
+
+    if (made < 0)
+        return NULL;
+    return made > 0 ? _fdopen(made, "wb") : _wfopen(wide(path, name), wide(mode, how));
+}
+
+static int remove_utf8(const char *path) {
+    wchar_t name[WIDE_ROOM];
+    return _wremove(wide(path, name));
+}
+
+/* rename as POSIX has it: over a file that is there. */
+static int rename_utf8(const char *from, const char *to) {
+    wchar_t old[WIDE_ROOM], new[WIDE_ROOM];
+    errno = EACCES;
+    return MoveFileExW(wide(from, old), wide(to, new), MOVEFILE_REPLACE_EXISTING) ? 0 : -1;
+}
+#define fopen open_utf8
+#define remove remove_utf8
+#define rename rename_utf8
+#endif
+
 /* PARALLEL(threads, schedule(...)) in front of a loop: OpenMP's pragma where the compiler has it.
    now() counts seconds: of the wall clock with OpenMP, of the processor without. */
 #ifdef _OPENMP
@@ -1075,7 +1119,8 @@ ALWAYS_INLINE float exp_float(float input) {
     x.u = clamp_bits(x.u, 0xC2D00000u, 0xFF800000u); /* -104 .. -infinity become -104 */
     const Bits t = {x.f * 1.44269504f + magic};
     const int32_t n = (int32_t)t.u - 0x4B400000; /* less the bits of magic itself */
-    const float r = x.f - (t.f - magic) * 0.693359375f - (t.f - magic) * -2.12194440e-4f;
+    const float whole = (float)n; /* t.f - magic, of which x87 would keep more digits than t has */
+    const float r = x.f - whole * 0.693359375f - whole * -2.12194440e-4f;
     float p = 1.9875691500e-4f * r + 1.3981999507e-3f;
     p = (p * r + 8.3334519073e-3f) * r + 4.1665795894e-2f;
     p = (p * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
@@ -1276,7 +1321,9 @@ ALWAYS_INLINE void plain_body(TILE_PARAMETERS, size_t rows, size_t cols) {
     static const Kernels kernels_##T = {#T, ROWS, COLS, tile_##T, plain_##T,                       \
                                         KERNELS(KERNEL_NAME, T, )};
 
-#if defined(__GNUC__) && !defined(__TINYC__) && !defined(PATCH_PLAIN)
+/* Where float arithmetic has more digits than float (x87; s390x in the ISO modes), gcc refuses to
+   multiply a float by a vector of them. */
+#if defined(__GNUC__) && !defined(__TINYC__) && !defined(PATCH_PLAIN) && FLT_EVAL_METHOD == 0
 #define BASELINE kernels_vector
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -9337,9 +9384,34 @@ static void run_command(App *app, int argc, char **argv) {
     app->command->run(app);
 }
 
+#ifdef _WIN32
+/* The arguments in UTF-8, and streams that pass on every byte, shown as UTF-8; NULL: no memory. */
+static char **windows_arguments(int *argc) {
+    wchar_t **words = CommandLineToArgvW(GetCommandLineW(), argc);
+    char **argv = words != NULL ? calloc((size_t)*argc + 1, sizeof *argv) : NULL;
+
+    for (int i = 0; argv != NULL && i < *argc; i++) {
+        const int n = WideCharToMultiByte(CP_UTF8, 0, words[i], -1, NULL, 0, NULL, NULL);
+        if ((argv[i] = malloc((size_t)n + 1)) == NULL)
+            return NULL;
+        WideCharToMultiByte(CP_UTF8, 0, words[i], -1, argv[i], n, NULL, NULL);
+    }
+    for (char *c = argv != NULL && *argc > 0 ? argv[0] : NULL; c != NULL && *c != '\0'; c++)
+        *c = *c == '\\' ? '/' : *c; /* bundled() looks for the last slash */
+    for (int stream = 0; stream < 3; stream++)
+        _setmode(stream, _O_BINARY);
+    SetConsoleOutputCP(CP_UTF8);
+    return argv;
+}
+#endif
+
 int main(int argc, char **argv) {
     App app = {0};
 
+#ifdef _WIN32
+    if ((argv = windows_arguments(&argc)) == NULL)
+        return 1;
+#endif
 #if HAS_POSIX && defined(SIGBUS)
     signal(SIGBUS, on_bus_error);
 #endif

@@ -93,7 +93,7 @@ def section(tokens, merges, eot, reserved=0):
 # ---- talking to the driver ----------------------------------------------------------------------------
 
 def drive(mode, requests, name="gpt2", kind="plain"):
-    stdin = b"".join(struct.pack("=I", len(r)) + r for r in requests)
+    stdin = b"".join(struct.pack("<I", len(r)) + r for r in requests)
     done = subprocess.run([compile_driver(kind), "-" if mode == "read" else section_file(name), mode],
                           input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
@@ -105,6 +105,8 @@ def drive(mode, requests, name="gpt2", kind="plain"):
 def numbers(data):
     words = array.array("I", data)
     assert words.itemsize == 4
+    if sys.byteorder == "big":
+        words.byteswap()
     return words
 
 
@@ -166,7 +168,7 @@ class Encoding(unittest.TestCase):
         """All of Unicode: each code point alone, between letters, after a space, between digit and mark."""
         data, at, wrong = drive("points", []), 0, []
         for first, crc in zip(range(0, 0x110000, 256), golden("tokenizer-points.bin")):
-            size, = struct.unpack_from("=I", data, at)
+            size, = struct.unpack_from("<I", data, at)
             words = numbers(data[at + 4:at + 4 + size])
             if sys.byteorder == "big":
                 words.byteswap()
@@ -197,7 +199,7 @@ class Encoding(unittest.TestCase):
         """tokenizer_token gives the bytes of every id; encoding them gives tokens of the same bytes."""
         data, at, got = drive("tokens", []), 0, []
         while at < len(data):
-            size, = struct.unpack_from("=I", data, at)
+            size, = struct.unpack_from("<I", data, at)
             got.append(data[at + 4:at + 4 + size])
             at += 4 + size
         self.assertEqual(got, self.tokens)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Drives the static tokenizer functions of patch.c for test_tokenizer.py: requests come on stdin,
-   answers go to stdout, u32 in the machine's byte order.
+   answers go to stdout, u32 little-endian.
 
        driver SECTION encode   request: length, bytes
                                answer: number of pre-tokens, their lengths, number of ids, the ids
@@ -61,18 +61,28 @@ static void die(const char *what) {
     exit(3);
 }
 
-static void put(uint32_t x, FILE *f) {
-    if (fwrite(&x, 4, 1, f) != 1)
+/* Write n words, which are turned into little-endian bytes where they stand. */
+static void put_words(uint32_t *words, size_t n) {
+    size_t i;
+
+    for (i = 0; i < n; i++)
+        set_little((unsigned char *)(words + i), words[i], 4);
+    if (fwrite(words, 4, n, stdout) != n)
         die("cannot write");
+}
+
+static void put(uint32_t x) {
+    put_words(&x, 1);
 }
 
 /* A request, in memory of exactly its size, so that a sanitizer sees any step outside. */
 static unsigned char *get(size_t *n) {
+    unsigned char four[4], *p;
     uint32_t length;
-    unsigned char *p;
 
-    if (fread(&length, 4, 1, stdin) != 1)
+    if (fread(four, 4, 1, stdin) != 1)
         return NULL;
+    length = four[0] | (uint32_t)four[1] << 8 | (uint32_t)four[2] << 16 | (uint32_t)four[3] << 24;
     p = malloc(length ? length : 1);
     if (p == NULL || fread(p, 1, length, stdin) != length)
         die("short request");
@@ -113,8 +123,7 @@ static void encode(const Tokenizer *t, const patch_allocator *a) {
         if (words == NULL)
             die("no memory");
         n_words = answer(t, s, n, words, a);
-        if (fwrite(words, 4, n_words, stdout) != n_words)
-            die("cannot write");
+        put_words(words, n_words);
         free(words);
         free(s);
     }
@@ -164,9 +173,8 @@ static void points(const Tokenizer *t, const patch_allocator *a) {
                 n_words += answer(t, s, n, words + n_words, a);
             }
         } while (++c % 256 != 0);
-        put((uint32_t)n_words * 4, stdout);
-        if (fwrite(words, 4, n_words, stdout) != n_words)
-            die("cannot write");
+        put((uint32_t)n_words * 4);
+        put_words(words, n_words);
     }
 }
 
@@ -177,7 +185,7 @@ static void tokens(const Tokenizer *t) {
     for (id = 0; id < t->n_tokens; id++) {
         const char *p = tokenizer_token(t, (int)id, &n);
 
-        put((uint32_t)n, stdout);
+        put((uint32_t)n);
         if (p != NULL && fwrite(p, 1, n, stdout) != n)
             die("cannot write");
     }
@@ -337,8 +345,8 @@ int main(int argc, char **argv) {
         if (s == NULL || ids == NULL ||
             tokenizer_encode(&t, (const char *)s, n, ids, n, &n, &a, &error))
             die("encode failed");
-        put((uint32_t)tables, stdout);
-        put((uint32_t)(h.peak - h.bytes), stdout);
+        put((uint32_t)tables);
+        put((uint32_t)(h.peak - h.bytes));
         free(ids);
         free(s);
     } else
