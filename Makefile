@@ -50,6 +50,10 @@ test-core: actpatch
 test-reference: actpatch
 	@$(PYTHON) tests/reference.py $(ARGS)
 
+# Lines and branches of patch.c that the tests run, by gcc's counts.
+coverage:
+	@CC="$(CC)" $(PYTHON) tests/coverage.py
+
 fuzz: actpatch
 	@$(PYTHON) tests/fuzz.py --runs $(RUNS) $(TARGETS)
 
@@ -83,4 +87,4 @@ uninstall:
 clean:
 	rm -rf actpatch libactpatch.so build
 
-.PHONY: all lib demo test test-core test-reference test-exhaustive fuzz pictures bench install uninstall clean
+.PHONY: all lib demo test test-core test-reference test-exhaustive coverage fuzz pictures bench install uninstall clean
