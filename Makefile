@@ -13,6 +13,8 @@ PYTHON ?= python3
 PREFIX ?= /usr/local
 DESTDIR ?=
 RUNS ?= 20000
+SEED ?= 1
+N ?= 50
 
 # -std=gnu99 and not c99: only outside the ISO modes gcc fuses multiply and add, which is half the speed.
 # The kernels for AVX2 and AVX-512 are chosen at run time, so -march=native gains nothing.
@@ -51,6 +53,18 @@ test-core: actpatch
 test-reference: actpatch
 	@$(PYTHON) tests/reference.py $(ARGS)
 
+# Analyzers, and what they may say.
+analyze:
+	@$(PYTHON) tests/analyze.py $(TOOLS)
+
+# Random wrong tokens in the core, each held against test-core.
+mutate:
+	@CC="$(CC)" $(PYTHON) tests/mutate.py --seed $(SEED) --count $(N)
+
+# Lines and branches of patch.c that the tests run, by gcc's counts.
+coverage:
+	@CC="$(CC)" $(PYTHON) tests/coverage.py
+
 fuzz: actpatch
 	@$(PYTHON) tests/fuzz.py --runs $(RUNS) $(TARGETS)
 
@@ -87,4 +101,5 @@ uninstall:
 clean:
 	rm -rf actpatch libactpatch.so build
 
-.PHONY: all lib demo test test-core test-reference test-exhaustive fuzz pictures bench portability install uninstall clean
+.PHONY: all lib demo test test-core test-reference test-exhaustive fuzz coverage mutate analyze portability pictures bench \
+  install uninstall clean

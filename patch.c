@@ -576,7 +576,8 @@ static patch_status read_head(ModelFile *f, const unsigned char *p, patch_error 
                         x->at, x->name, (unsigned long)*x->out, x->least, x->most);
     const uint64_t length = get_u64(p + 64), size = f->map.size;
     const size_t end = (size_t)align_up(HEAD_BYTES + f->n_tensors * TABLE_ROW); /* of the table */
-    memcpy(&f->eps, &(uint64_t){get_u64(p + 40)}, sizeof f->eps);
+    const uint64_t eps = get_u64(p + 40);
+    memcpy(&f->eps, &eps, sizeof f->eps);
     f->act_fn = (uint32_t)act;
     f->processing = get_u32(p + 88);
     f->per_layer = f->processing ? FOLD_PER_LAYER : RAW_PER_LAYER;
@@ -672,7 +673,9 @@ static patch_status read_front(ModelFile *f, const patch_allocator *a, patch_err
 }
 
 static int big_endian(void) {
-    return *(const unsigned char *)&(const uint16_t){1} == 0;
+    const uint16_t one = 1;
+
+    return *(const unsigned char *)&one == 0;
 }
 
 /* n elements from element `at` of a stored row or vector. */

@@ -24,12 +24,16 @@
 #include <string.h>
 
 static long n_checks, n_failed;
+static pthread_mutex_t counting = PTHREAD_MUTEX_INITIALIZER;
 
 static int check(int ok, const char *format, ...) {
     va_list values;
 
+    pthread_mutex_lock(&counting);
     n_checks++;
-    if (ok || n_failed++ > 20)
+    const int quiet = ok || n_failed++ > 20;
+    pthread_mutex_unlock(&counting);
+    if (quiet)
         return ok;
     va_start(values, format);
     printf("FAILED: ");

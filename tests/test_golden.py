@@ -303,6 +303,23 @@ class Rest(Case):
         want = {hook for hook in golden.under("default/cache/") if not hook.endswith("hook_result")}
         self.assertEqual(set(got), want | {"tokens"})
 
+    def test_a_star_at_a_globs_end(self):
+        """`blocks.0.*` is every hook point of that block, and `blocks.0.hook_mlp_out*` one."""
+        for glob, least in (("blocks.0.*", 15), ("blocks.0.hook_mlp_out*", 1)):
+            util.must("cache", prompts("odd", 1), "-m", flat_file("odd"), "--names", glob, "-o", at("c.safetensors"))
+            got = set(util.read_safetensors(at("c.safetensors"))[0]) - {"tokens", "logits"}
+            self.assertGreaterEqual(len(got), least)
+            self.assertTrue(all(name.startswith(glob[:-1]) for name in got), got)
+
+    def test_the_cost_is_positive(self):
+        """--stats counts work done, not undone."""
+        util.must("patch", prompts("odd", 1), "-m", flat_file("odd"), "--sweep", "resid_pre", "--stats", "-o",
+                  at("s.json"))
+        with open(at("s.json"), encoding="utf-8") as file:
+            stats = json.load(file)["stats"]
+        for name in ("flops", "weight_bytes_read", "rows"):
+            self.assertGreater(stats[name], 0, name)
+
     def test_top(self):
         """`top` lists the final logits and probabilities of the golden in order, then the answers."""
         golden = Golden("tiny")

@@ -283,7 +283,8 @@ class Section(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.tokens, cls.merges, cls.eot = small_vocabulary()
-        cls.kind = "sanitized" if compile_driver("sanitized") else "plain"
+        core = "ACTPATCH_CORE_TESTS" in os.environ  # it compiles more than it runs
+        cls.kind = "sanitized" if not core and compile_driver("sanitized") else "plain"
 
     def read(self, sections):
         lines = drive("read", sections, kind=self.kind).decode().splitlines()

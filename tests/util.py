@@ -24,6 +24,10 @@ TINY_MODEL = os.path.join(TINY, "model.bin")
 GOLDEN = os.path.join(TESTS, "golden")
 CONVERTER = os.path.join(ROOT, "convert_weights.py")
 
+# What the drivers are compiled with: less time for `make test-core`, which compiles more than it runs.
+CORE = "ACTPATCH_CORE_TESTS" in os.environ
+LEVEL = "-O1" if CORE else "-O2"
+
 Tensor = collections.namedtuple("Tensor", "shape data")
 
 # ---- running things --------------------------------------------------------------------------------
