@@ -5310,11 +5310,18 @@ static void put_floats(FILE *f, const float *values, size_t n) {
     }
 }
 
+/* All values as float32. */
+static void put_values(FILE *f, const Table *t) {
+    for (size_t i = 0; i < table_size(t); i++) {
+        const float value = isnan(t->values[i]) ? NAN : (float)t->values[i];
+        put_floats(f, &value, 1);
+    }
+}
+
 /* numpy's format, version 1: magic, version, the length of the head in two bytes; the head, a
    Python dictionary as {'descr': '<f4', 'fortran_order': False, 'shape': (12, 15), }, padded with
    spaces and a newline to a multiple of 64 bytes in all; then float32 in C order. */
 static void write_npy(FILE *f, const Table *t) {
-    const size_t n = table_size(t);
     char shape[6 * 24] = "";
     size_t used = 0;
     for (int k = 0; k < t->rank; k++)
@@ -5326,10 +5333,7 @@ static void write_npy(FILE *f, const Table *t) {
     put_little(f, used + (size_t)padding + 1, 2);
     fprintf(f, "{'descr': '<f4', 'fortran_order': False, 'shape': (%s%s), }%*s\n", shape,
             t->rank == 1 ? "," : "", padding, "");
-    for (size_t i = 0; i < n; i++) {
-        const float value = isnan(t->values[i]) ? NAN : (float)t->values[i];
-        put_floats(f, &value, 1);
-    }
+    put_values(f, t);
 }
 
 /* The head of a .safetensors file: its length in eight bytes, then JSON that names each tensor's
@@ -5360,6 +5364,18 @@ static void safetensors_end(FILE *f) {
     fseek(f, 0, SEEK_SET);
     put_little(f, (uint64_t)end - 8, 8);
     fseek(f, 0, SEEK_END);
+}
+
+/* A table as one tensor of its name. */
+static void write_safetensors(FILE *f, const Table *t) {
+    size_t shape[6];
+    uint64_t offset = 0;
+    for (int k = 0; k < t->rank; k++)
+        shape[k] = t->axis[k].size;
+    safetensors_begin(f);
+    safetensors_entry(f, t->name, "F32", t->rank, shape, &offset);
+    safetensors_end(f);
+    put_values(f, t);
 }
 
 /* ---- 12.6 Tables as text: .csv and .json ----------------------------------------------------- */
@@ -6460,6 +6476,7 @@ typedef struct Format {
 /* Of every command that has none of its own. */
 static const Format FORMATS[] = {
     {".npy", write_npy, NULL, 0},
+    {".safetensors", write_safetensors, NULL, 0},
     {".csv", write_csv, NULL, 0},
     {".json", write_json, NULL, 1},
     {".svg", write_svg, NULL, 0},
@@ -6937,11 +6954,11 @@ static void check_usage(App *app) {
         stop(app, PATCH_E_USAGE, c->name, "it makes one file; give one -o FILE");
     for (size_t i = 0; i < app->outputs.n; i++) {
         const char *path = app->outputs.items[i];
-        char endings[64] = " a file's name";
+        char endings[80] = " a file's name";
         if (c->formats ? format_of(path, c->formats) != NULL : strcmp(path, "-") != 0)
             continue;
         for (const Format *f = c->formats; f != NULL && f->ending != NULL; f++)
-            snprintf(endings + (f == c->formats ? 0 : strlen(endings)), 16, " %s", f->ending);
+            snprintf(endings + (f == c->formats ? 0 : strlen(endings)), 20, " %s", f->ending);
         stop(app, PATCH_E_USAGE, path, "unknown file ending; give%s", endings);
     }
 }
@@ -9260,8 +9277,8 @@ static const Command COMMANDS[] = {
      "For each cell of a sweep the corrupted prompt is run with one activation of the\n"
      "clean run put in (--noising: the other way round); the value is the metric's mean\n"
      "over the examples. -o FILE may be repeated, the ending chooses the format: .npy\n"
-     ".csv .json .svg .html, - is stdout as CSV. Several sweeps go into FILE-SWEEP.npy\n"
-     "and so on. Without -o a table is shown.\n\n"
+     ".safetensors .csv .json .svg .html, - is stdout as CSV. Several sweeps go into\n"
+     "FILE-SWEEP.npy and so on. Without -o a table is shown.\n\n"
      "sweeps, named as in transformer_lens.patching; `all` is every one but dest_src_pos:\n"
      "  [layer,pos]            resid_pre resid_mid resid_post attn_out mlp_out\n"
      "  [layer,pos,head]       attn_head_out_by_pos and .._q_.. .._k_.. .._v_..\n"
@@ -9273,7 +9290,8 @@ static const Command COMMANDS[] = {
      "MTESCBOp", 1, 1,
      "--sweep", FORMATS, 0, cmd_patch},
     {"attn", "PROMPTS", "attention patterns of the clean prompts",
-     "Gives [B,heads,T,T]: what each position (dest) attends to (src).\n",
+     "Gives [B,heads,T,T]: what each position (dest) attends to (src). -o FILE ends in .npy\n"
+     ".safetensors .csv .json .svg or .html, whose page lets one look at each head.\n",
      "MTCOh", 1, 1, "--heads", FORMATS, 0, cmd_attn},
     {"heads", "[PROMPTS]", "previous-token, duplicate-token and induction heads",
      "Gives [3,layer,head]: how much of each head's attention goes where such a head\n"
