@@ -184,14 +184,18 @@ typedef struct Map {
     int mapped;
 } Map;
 
-/* Does a pipe or a device stand under this name? To open it may wait for ever. */
-static int is_special(const char *path) {
-#ifdef PATCH_MMAP
+/* Is there an ordinary file of this name, or nothing? 0 with errno: to open a pipe may wait for ever,
+   and to rename over a device or a folder would put a file in its place. */
+static int is_ordinary(const char *path) {
+#if HAS_POSIX
     struct stat facts;
-    return stat(path, &facts) == 0 && !S_ISREG(facts.st_mode) && !S_ISDIR(facts.st_mode);
-#else
-    return (void)path, 0;
+    if (stat(path, &facts) == 0 && !S_ISREG(facts.st_mode)) {
+        errno = S_ISDIR(facts.st_mode) ? EISDIR : EINVAL;
+        return 0;
+    }
 #endif
+    (void)path;
+    return 1;
 }
 
 #ifndef PATCH_NO_MAIN
@@ -216,10 +220,9 @@ static int map_open(const char *path, Map *map) {
     errno = ENOENT;
     return 0;
 #else
-    FILE *file = is_special(path) ? NULL : fopen(path, "rb");
-
-    if (file == NULL && is_special(path))
-        errno = EINVAL;
+    FILE *file = is_ordinary(path) ? fopen(path, "rb") : NULL;
+    if (file == NULL && errno == EISDIR)
+        errno = EINVAL; /* no ordinary file, whatever else it is */
     if (file == NULL)
         return 0;
 #ifdef PATCH_MMAP
@@ -4843,22 +4846,6 @@ static patch_status out_fail(OutFile *o, const char *what, patch_error *e) {
     return PATCH_E_IO;
 }
 
-/* Whether there is nothing of that name or an ordinary file: renaming over a device or a folder
-   would put a file in its place. */
-static int may_replace(const char *path) {
-#if HAS_POSIX
-    struct stat facts;
-
-    if (stat(path, &facts) != 0 || S_ISREG(facts.st_mode))
-        return 1;
-    errno = S_ISDIR(facts.st_mode) ? EISDIR : ENOTSUP;
-    return 0;
-#else
-    (void)path;
-    return 1;
-#endif
-}
-
 /* Begin a file ("-": standard output); after an error there is nothing to drop. */
 static patch_status out_open(OutFile *o, const char *path, patch_error *e) {
     const size_t room = strlen(path) + 16;
@@ -4868,7 +4855,7 @@ static patch_status out_open(OutFile *o, const char *path, patch_error *e) {
         return PATCH_OK;
     }
     errno = 0;
-    if (!may_replace(path))
+    if (!is_ordinary(path))
         return out_fail(o, "cannot be written", e);
     if ((o->temporary = take(&HEAP, room, 1)) == NULL)
         return no_memory(e, path, room);
@@ -8851,7 +8838,7 @@ static size_t part_records(Part *p, const char *bytes, size_t n) {
    anew. */
 static void part_open(App *app, Part *p) {
     const char *die = getenv("ACTPATCH_DIE_AT_WRITE"); /* for the tests */
-    FILE *there = is_special(p->path) ? NULL : fopen(p->path, "rb");
+    FILE *there = !is_ordinary(p->path) ? NULL : fopen(p->path, "rb");
     size_t n = 0, sound = 0;
     const char *bytes = there != NULL ? read_file(app, p->path, &n) : "";
 
