@@ -1061,9 +1061,29 @@ static void check_edge(const char *what, int n, int T, int first, int last) {
     free(t.cells);
 }
 
+/* A destination whose every score is -infinity attends to nothing, as TransformerLens makes of NaN. */
+static void check_masked(int T) {
+    static const int tokens[5] = {0, 1, 2, 3, 4};
+    float *minus = room((size_t)T, sizeof *minus), *pattern = room((size_t)model->dims.n_heads * (size_t)T, sizeof *pattern);
+    const patch_edit edit = {.hook = PATCH_ATTN_SCORES, .op = PATCH_SET, .pos = T - 1, .head = 0, .src = -1, .values = minus};
+    const patch_run run = {tokens, T, &edit, 1};
+    patch_read read = {.hook = PATCH_PATTERN, .pos = T - 1, .out = pattern};
+    patch_error e;
+    int i, ok = 1;
+
+    for (i = 0; i < T; i++)
+        minus[i] = -INFINITY;
+    if (patch_execute(model, &run, 1, &read, 1, NULL, &e))
+        ok = 0;
+    for (i = 0; i < T; i++)
+        ok &= pattern[i] == 0.0f;
+    check(ok, "a row of scores of -infinity is a pattern of zeros");
+}
+
 static void section_edges(int full) {
     const int T = ref.N < 5 ? ref.N : 5, most = ref.N < MOST_T ? ref.N : MOST_T;
 
+    check_masked(T);
     check_edge("one token", 2, 1, 0, 0);
     check_edge("one token, equal", 1, 1, -1, -1);
     check_edge("one example", 1, T, 1, T - 1);
