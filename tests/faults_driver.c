@@ -198,7 +198,7 @@ static void check_words(int status, long number) {
 
 static int check_calls(int kind, int all, const char **words) {
     const char *deep = getenv("FAULTS_DEEP");
-    const long share = deep != NULL && *deep != '\0' ? 60 : 5;
+    const long share = deep != NULL && *deep != '\0' ? 15 : 5;
     long number, failed = 0, step, died = 0;
     int status;
 

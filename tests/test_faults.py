@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Faults one after the other: memory that is refused, files that fail or come short, files cut or altered
 at every place, and programs that are interrupted (tests/faults_driver.c does the first three in one process).
-With FAULTS_DEEP=1 many more of them, under sanitizers: what .ci/run does."""
+With FAULTS_DEEP=1 three times as many, under sanitizers: what .ci/run does."""
 
 import os
 import random
@@ -16,7 +16,7 @@ import unittest
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import util  # noqa: E402
 
-DEEP = bool(os.environ.get("FAULTS_DEEP"))  # nearly every call in place of every sixth, under sanitizers
+DEEP = bool(os.environ.get("FAULTS_DEEP"))  # three times as many calls, under sanitizers
 
 # Every command that writes: its outputs, and its words.
 COMMANDS = {
