@@ -184,8 +184,8 @@ typedef struct Map {
     int mapped;
 } Map;
 
-/* Is there an ordinary file of this name, or nothing? 0 with errno: to open a pipe may wait for ever,
-   and to rename over a device or a folder would put a file in its place. */
+/* Is there an ordinary file of this name, or nothing? 0 with errno: to open a pipe may wait for
+   ever, and to rename over a device or a folder would put a file in its place. */
 static int is_ordinary(const char *path) {
 #if HAS_POSIX
     struct stat facts;

@@ -44,7 +44,7 @@ extern "C" {
 
 #define PATCH_VERSION "0.1.0"
 
-/* ---- errors and memory ------------------------------------------------------------------------ */
+/* ---- errors and memory ----------------------------------------------------------------------- */
 
 typedef enum patch_status {
     PATCH_OK = 0,
@@ -69,7 +69,7 @@ typedef struct patch_allocator {
     void *ctx;
 } patch_allocator;
 
-/* ---- model ------------------------------------------------------------------------------------- */
+/* ---- model ----------------------------------------------------------------------------------- */
 
 /* How to load. patch_options_default() gives TransformerLens's from_pretrained: the first four
    weight processings on, the fifth off. */
@@ -111,7 +111,8 @@ patch_status patch_model_open(const char *path, const patch_options *options, pa
                               patch_error *error);
 
 /* The same from n bytes in memory (flash, an embedded array), which are used in place and must
-   outlive the model. bytes == NULL is an INPUT error, another alignment than 4 bytes a USAGE one. */
+   outlive the model. bytes == NULL is an INPUT error, another alignment than 4 bytes a USAGE one.
+   */
 patch_status patch_model_from_memory(const void *bytes, size_t n, const patch_options *options,
                                      patch_model **model, patch_error *error);
 
@@ -129,15 +130,15 @@ patch_status patch_model_verify(const patch_model *model, patch_error *error);
 /* SHA-256 of the model file as 64 hexadecimal digits and a NUL. Reads the whole file. */
 patch_status patch_model_sha256(const patch_model *model, char hex[65], patch_error *error);
 
-/* Write the processed weights as a flat file that needs no processing at load: matrices folded and in
-   the kernels' panels. The file is written beside its target and renamed when whole. */
+/* Write the processed weights as a flat file that needs no processing at load: matrices folded and
+   in the kernels' panels. The file is written beside its target and renamed when whole. */
 patch_status patch_model_fold(const patch_model *model, const char *path, patch_error *error);
 
-/* ---- tokens ------------------------------------------------------------------------------------- */
+/* ---- tokens ---------------------------------------------------------------------------------- */
 
-/* GPT-2's byte-level BPE of n_bytes of text, any bytes at all; <|endoftext|> in the text becomes its
-   id; prepend_bos puts one in front. ids holds `capacity` (n_bytes + 1 always suffices); *n_ids is
-   the number needed, also on PATCH_E_SIZE. */
+/* GPT-2's byte-level BPE of n_bytes of text, any bytes at all; <|endoftext|> in the text becomes
+   its id; prepend_bos puts one in front. ids holds `capacity` (n_bytes + 1 always suffices); *n_ids
+   is the number needed, also on PATCH_E_SIZE. */
 patch_status patch_encode(const patch_model *model, const char *text, size_t n_bytes,
                           int prepend_bos, int *ids, size_t capacity, size_t *n_ids,
                           patch_error *error);
@@ -149,11 +150,11 @@ patch_status patch_decode(const patch_model *model, const int *ids, size_t n, ch
 /* One token's bytes (not terminated), the model's own; NULL and length 0 where there is none. */
 const char *patch_token(const patch_model *model, int id, size_t *length);
 
-/* ---- hook points, edits, runs ------------------------------------------------------------------- */
+/* ---- hook points, edits, runs ---------------------------------------------------------------- */
 
 /* Every hook point: enum suffix, TransformerLens's name ("%d": the layer), and the shape of one row
-   (one token position): C, M, D per head (Z), C per head (R), T per head (P: one destination's row of
-   scores or pattern), one number (1). The list is the order in which a layer computes them. */
+   (one token position): C, M, D per head (Z), C per head (R), T per head (P: one destination's row
+   of scores or pattern), one number (1). The list is the order in which a layer computes them. */
 #define PATCH_HOOKS(X)                                                                             \
     X(EMBED, "hook_embed", 'C')                                                                    \
     X(POS_EMBED, "hook_pos_embed", 'C')                                                            \
@@ -197,12 +198,12 @@ typedef enum patch_op {
 
 /* One change to one run: at a hook point of a layer, at one position or all, the whole vector or a
    head's slice of it or (scores and pattern) a single entry. Edits at one hook point apply in list
-   order. An edit of scores, pattern or a LayerNorm scale changes that alone: the run's own values and
-   residual stream meet it afterwards, as with a TransformerLens hook. Attention is causal: of scores
-   and pattern only the sources src <= pos exist, and what an edit does behind them has no effect.
-   Where PATCH_RESULT is edited, be it to equal numbers, attn_out at that position is the sum over
-   heads of what then stands there, plus b_O; everywhere else it is one product of z, whose last bits
-   may differ from that sum's. */
+   order. An edit of scores, pattern or a LayerNorm scale changes that alone: the run's own values
+   and residual stream meet it afterwards, as with a TransformerLens hook. Attention is causal: of
+   scores and pattern only the sources src <= pos exist, and what an edit does behind them has no
+   effect. Where PATCH_RESULT is edited, be it to equal numbers, attn_out at that position is the
+   sum over heads of what then stands there, plus b_O; everywhere else it is one product of z, whose
+   last bits may differ from that sum's. */
 typedef struct patch_edit {
     patch_hook hook;
     patch_op op;
@@ -247,9 +248,9 @@ typedef struct patch_stats {
     double peak_bytes; /* of rows, plan and scratch of one pass */
 } patch_stats;
 
-/* The engine: carry all runs through the model side by side and hand back what is read. Rows that are
-   equal by construction are computed once; what nothing reads is not computed; the numbers are the
-   same, bit for bit, as if each run were computed alone. stats may be NULL; they are added to.
+/* The engine: carry all runs through the model side by side and hand back what is read. Rows that
+   are equal by construction are computed once; what nothing reads is not computed; the numbers are
+   the same, bit for bit, as if each run were computed alone. stats may be NULL; they are added to.
    Errors: INPUT (ids, edits or reads out of range), MEMORY. */
 patch_status patch_execute(const patch_model *model, const patch_run *runs, size_t n_runs,
                            patch_read *reads, size_t n_reads, patch_stats *stats,
@@ -259,7 +260,7 @@ patch_status patch_execute(const patch_model *model, const patch_run *runs, size
 patch_status patch_logits(const patch_model *model, const float *rows, size_t n, float *logits,
                           patch_error *error);
 
-/* ---- cache --------------------------------------------------------------------------------------- */
+/* ---- cache ----------------------------------------------------------------------------------- */
 
 typedef struct patch_cache patch_cache;
 
@@ -270,10 +271,11 @@ typedef struct patch_tensor {
     size_t shape[4];    /* as TransformerLens gives it, batch first */
 } patch_tensor;
 
-/* run_with_cache: n_prompts prompts of n_tokens ids each (tokens [B,T]), every hook point that one of
-   the n_globs matches (`*` matches dots too; hook_result only where the glob itself contains
-   "result"). needed, where not NULL, receives the bytes that the activations take, before anything is
-   allocated; with cache == NULL nothing more is done. Errors: INPUT where a glob matches nothing. */
+/* run_with_cache: n_prompts prompts of n_tokens ids each (tokens [B,T]), every hook point that one
+   of the n_globs matches (`*` matches dots too; hook_result only where the glob itself contains
+   "result"). needed, where not NULL, receives the bytes that the activations take, before anything
+   is allocated; with cache == NULL nothing more is done. Errors: INPUT where a glob matches
+   nothing. */
 patch_status patch_run_with_cache(const patch_model *model, const int *tokens, size_t n_prompts,
                                   size_t n_tokens, const char *const *globs, size_t n_globs,
                                   size_t *needed, patch_cache **cache, patch_error *error);
@@ -281,7 +283,7 @@ size_t patch_cache_count(const patch_cache *cache);
 patch_tensor patch_cache_get(const patch_cache *cache, size_t index);
 void patch_cache_free(patch_cache *cache);
 
-/* ---- metrics and sweeps ------------------------------------------------------------------------- */
+/* ---- metrics and sweeps ---------------------------------------------------------------------- */
 
 typedef enum patch_metric {
     PATCH_LOGIT_DIFF, /* logit[answer] - logit[wrong] at the last position */
@@ -292,7 +294,8 @@ typedef enum patch_metric {
     PATCH_RANK        /* how many tokens have a higher logit than the answer */
 } patch_metric;
 
-/* One example of a task; arrays are the caller's. corrupted may be NULL where one prompt suffices. */
+/* One example of a task; arrays are the caller's. corrupted may be NULL where one prompt suffices.
+   */
 typedef struct patch_example {
     const int *clean;
     const int *corrupted;
@@ -332,8 +335,8 @@ typedef struct patch_cells_options {
 /* The general sweep: the metric of the run into which one cell's activation has been put, for every
    example and cell. values [n, n_cells] (the caller's; items outside first..count are left alone);
    examples may differ in length, a cell whose position an example does not have is an error.
-   Errors: USAGE, INPUT, MEMORY, and what `done` returns. Method: Wang et al. 2022 (arXiv:2211.00593),
-   Heimersheim and Nanda 2024 (arXiv:2404.15255). */
+   Errors: USAGE, INPUT, MEMORY, and what `done` returns. Method: Wang et al. 2022
+   (arXiv:2211.00593), Heimersheim and Nanda 2024 (arXiv:2404.15255). */
 patch_status patch_cells(const patch_model *model, const patch_example *examples, size_t n,
                          const patch_cell *cells, size_t n_cells,
                          const patch_cells_options *options, double *values, patch_stats *stats,
@@ -355,10 +358,11 @@ const char *patch_sweep_name(size_t i);
 patch_status patch_sweep_cells(const patch_model *model, const char *sweep, int n_tokens,
                                patch_shape *shape, patch_cell *cells, patch_error *error);
 
-/* ---- further analyses (definitions: chapter 11) -------------------------------------------------- */
+/* ---- further analyses (definitions: chapter 11) ---------------------------------------------- */
 
-/* Causal tracing of one fact (Meng et al. 2022, arXiv:2202.05262): the subject's token embeddings are
-   noised in `samples` corrupted runs, then one thing at a time is restored from the clean run. */
+/* Causal tracing of one fact (Meng et al. 2022, arXiv:2202.05262): the subject's token embeddings
+   are noised in `samples` corrupted runs, then one thing at a time is restored from the clean run.
+   */
 typedef enum patch_trace_kind { PATCH_TRACE_RESID, PATCH_TRACE_MLP, PATCH_TRACE_ATTN } patch_trace_kind;
 
 typedef struct patch_fact {
@@ -376,20 +380,21 @@ typedef struct patch_trace_options {
     patch_metric metric; /* PATCH_PROB in the paper */
 } patch_trace_options;
 
-/* *sigma = noise times the standard deviation (unbiased) of the raw embeddings of these n tokens: all
-   subjects' of a file of facts, one behind the other. */
+/* *sigma = noise times the standard deviation (unbiased) of the raw embeddings of these n tokens:
+   all subjects' of a file of facts, one behind the other. */
 patch_status patch_trace_sigma(const patch_model *model, const int *tokens, size_t n, double noise,
                                double *sigma, patch_error *error);
 
-/* cells [3, T, L] (the caller's; kinds not wanted are left alone): the metric's mean over the samples
-   with that layer restored at that token; *high: of the clean run, *low: mean of the corrupted ones. */
+/* cells [3, T, L] (the caller's; kinds not wanted are left alone): the metric's mean over the
+   samples with that layer restored at that token; *high: of the clean run, *low: mean of the
+   corrupted ones. */
 patch_status patch_trace(const patch_model *model, const patch_fact *fact,
                          const patch_trace_options *options, double *high, double *low,
                          double *cells, patch_stats *stats, patch_error *error);
 
-/* z [n] = the first values of numpy's RandomState(seed).randn, bit for bit: with seed 1 the noise of
-   patch_trace, in the order [samples, subject's tokens, C] and in units of sigma. z is the caller's.
-   It cannot fail. */
+/* z [n] = the first values of numpy's RandomState(seed).randn, bit for bit: with seed 1 the noise
+   of patch_trace, in the order [samples, subject's tokens, C] and in units of sigma. z is the
+   caller's. It cannot fail. */
 void patch_trace_noise(unsigned seed, double *z, size_t n);
 
 /* How an ablated slice is replaced. */
@@ -416,12 +421,12 @@ typedef struct patch_ablation {
 } patch_ablation;
 
 /* Ablate sets of cells of one hook point in the clean runs: set i is cells[sets[i]..sets[i+1]-1]
-   (sets [n_sets + 1]), and may be empty. All examples have one length. values [n, n_sets]: the metric
-   after the ablation; unpatched [n]: of the clean run (may be NULL). Both are the caller's. With
-   `keep`, a circuit's faithfulness, completeness and minimality are differences of such values (Wang
-   et al. 2022, arXiv:2211.00593). Errors: USAGE (a hook point that cannot be ablated, a metric), INPUT
-   (examples, cells, groups, partners or positions that do not fit; with `keep`, a cell that is not z
-   of one head), MEMORY. */
+   (sets [n_sets + 1]), and may be empty. All examples have one length. values [n, n_sets]: the
+   metric after the ablation; unpatched [n]: of the clean run (may be NULL). Both are the caller's.
+   With `keep`, a circuit's faithfulness, completeness and minimality are differences of such values
+   (Wang et al. 2022, arXiv:2211.00593). Errors: USAGE (a hook point that cannot be ablated, a
+   metric), INPUT (examples, cells, groups, partners or positions that do not fit; with `keep`, a
+   cell that is not z of one head), MEMORY. */
 patch_status patch_ablate(const patch_model *model, const patch_example *examples, size_t n,
                           const patch_cell *cells, const size_t *sets, size_t n_sets,
                           const patch_ablation *options, double *values, double *unpatched,
@@ -459,12 +464,12 @@ patch_status patch_logit_lens(const patch_model *model, const patch_example *exa
 patch_status patch_head_kinds(const patch_model *model, const int *tokens, int n_tokens,
                               double *scores, patch_error *error);
 
-/* Copying scores (Wang et al. 2022, arXiv:2211.00593): positive [L, H] is the share of `names` (n_names
-   >= 1 token ids; one that stands twice counts twice) that a head writes when it attends to them. The
-   name's embedding, extended by MLP 0 but without position and attention, goes through the head's
-   W_V W_O (no LN1, b_V and b_O), the final LayerNorm, W_U and b_U; it is written where fewer than 5
-   tokens have a higher logit. negative [L, H]: the same of -W_V W_O. Both arrays are the caller's.
-   Errors: INPUT (no names, an id out of range), IO, MEMORY. */
+/* Copying scores (Wang et al. 2022, arXiv:2211.00593): positive [L, H] is the share of `names`
+   (n_names >= 1 token ids; one that stands twice counts twice) that a head writes when it attends
+   to them. The name's embedding, extended by MLP 0 but without position and attention, goes through
+   the head's W_V W_O (no LN1, b_V and b_O), the final LayerNorm, W_U and b_U; it is written where
+   fewer than 5 tokens have a higher logit. negative [L, H]: the same of -W_V W_O. Both arrays are
+   the caller's. Errors: INPUT (no names, an id out of range), IO, MEMORY. */
 patch_status patch_copying_scores(const patch_model *model, const int *names, size_t n_names,
                                   double *positive, double *negative, patch_error *error);
 
